@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from entangle import extras
 from entangle.errors import MissingExtraError, NonFiniteError, UserError
@@ -49,6 +50,43 @@ def parse(presets: Mapping[str, Config], arguments: Sequence[str] | None = None,
         raise UserError(f"unknown preset {name!r}: choose one of {', '.join(presets)}")
     default = presets[name]
     return tyro.cli(type(default), args=words, default=default, description=description)
+
+
+def refuse_unused(settings: Any, default: Any, names: Sequence[str], why: str) -> None:
+    """Refuse flags that would change nothing, rather than let a user believe that they did.
+
+    Args:
+      settings: the configuration read from the command line, a dataclass.
+      default: the preset that it started from.
+      names: fields without effect, dotted; a group stands for all that is in it.
+      why: what the message says of the reason.
+
+    Raises:
+      UserError: one of the fields differs from the preset.
+
+    Example:
+      >>> import dataclasses
+      >>> from experiments.command_line import refuse_unused
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Toy:
+      ...     batch_size: int = 1
+      >>> refuse_unused(Toy(2), Toy(), ["batch_size"], "there are no batches")
+      Traceback (most recent call last):
+      entangle.errors.UserError: --batch-size 2 has no effect: there are no batches
+    """
+    given, usual = (dict(_leaves(dataclasses.asdict(x))) for x in (settings, default))
+    for name, value in given.items():
+        if value != usual[name] and any(f"{name}.".startswith(f"{group}.") for group in names):
+            words = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(f"--{name.replace('_', '-')} {words} has no effect: {why}")
+
+
+def _leaves(tree: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{head}{name}.")
+        else:
+            yield f"{head}{name}", value
 
 
 def run(main: Callable[[], None]) -> None:

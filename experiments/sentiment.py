@@ -97,6 +97,9 @@ def _base(settings: SentimentConfig, materials: Materials, tracker: stages.Track
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: ``python -m experiments.sentiment --help``."""
     settings = command_line.parse(presets(), arguments, description=(__doc__ or "").split("\n")[0])
+    if settings.model not in models.PRESETS:
+        why = f"the base model is --model {settings.model}"
+        command_line.refuse_unused(settings, presets()[settings.preset], ("base", "vocab_size"), why)
     print(f"devices: {', '.join(d.device_kind for d in jax.devices())}; output: {settings.out}")
     files = run(settings)
     print("\nwrote:")

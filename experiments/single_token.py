@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +31,12 @@ from experiments.sentiment_config import presets as sentiment_presets
 from experiments.sentiment_data import gather
 
 PAIR_SET = "single_token"
+UNUSED = ("sets", "vocab_size", "base", "sft.steps", "preference.optimizer.name", "preference.optimizer.learning_rate")
 COLUMNS = (
     ("held-out chosen", "eval/log_prob/chosen"),
     ("held-out rejected", "eval/log_prob/rejected"),
     ("training chosen", "eval_train/log_prob/chosen"),
+    ("training rejected", "eval_train/log_prob/rejected"),
 )
 
 
@@ -58,7 +60,7 @@ class Variant(NamedTuple):
 
 
 def sweep() -> Iterator[Variant]:
-    """A short and the default length of SFT, AdamW at the default rate and a tenth of it, and SGD.
+    """A short and the default length of SFT; after each, SGD, AdamW at a tenth of the default rate, and at that rate.
 
     Example:
       >>> from experiments.single_token import sweep
@@ -66,14 +68,13 @@ def sweep() -> Iterator[Variant]:
       'sft25-sgd-0.01'
     """
     for steps in (25, 100):
-        yield Variant(steps, "sgd", 0.01)
-        yield Variant(steps, "adamw", 2e-5)
-    yield Variant(25, "adamw", 2e-6)
+        for optimizer, learning_rate in (("sgd", 0.01), ("adamw", 2e-6), ("adamw", 2e-5)):
+            yield Variant(steps, optimizer, learning_rate)
 
 
 def presets() -> dict[str, SentimentConfig]:
-    """Those of the sentiment experiment, with two seeds and this module's output folder."""
-    changed = {"out": Path("runs/single_token"), "seeds": 2, "sets": (PAIR_SET,)}
+    """Those of the sentiment experiment, with this module's pair set and output folder."""
+    changed = {"out": Path("runs/single_token"), "sets": (PAIR_SET,)}
     return {name: dataclasses.replace(preset, **changed) for name, preset in sentiment_presets().items()}  # type: ignore[arg-type]
 
 
@@ -155,9 +156,10 @@ def _spread(values: np.ndarray, signed: bool = True) -> str:
     return f"{values.mean():{form}} ({values.min():{form}} to {values.max():{form}})"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: ``python -m experiments.single_token --help``."""
-    settings = command_line.parse(presets(), description=(__doc__ or "").split("\n")[0])
+    settings = command_line.parse(presets(), arguments, description=(__doc__ or "").split("\n")[0])
+    command_line.refuse_unused(settings, presets()[settings.preset], UNUSED, "this study sets it itself")
     print(run(settings).read_text(encoding="utf-8"))
 
 

@@ -148,10 +148,30 @@ def test_single_token_needs_a_base_model_and_its_own_folder(finished, capsys):
         single_token.run(shrunk(out, sets=("single_token",), model=model))
 
 
-def fail(words, capsys):
+def test_single_token_tabulates_its_own_runs(finished, tmp_path, monkeypatch):
+    out, _ = finished
+    variants = [single_token.Variant(2, "sgd", 0.01), single_token.Variant(2, "adamw", 2e-5)]
+    monkeypatch.setattr(single_token, "sweep", lambda: iter(variants))
+    settings = shrunk(tmp_path / "out", sets=("single_token",), model=str(out / "base" / sentiment.EXPORT))
+    single_token.run(settings)
+    with (tmp_path / "out" / "single_token.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["optimizer"] for row in rows] == ["sgd", "adamw"]
+    for row, variant in zip(rows, variants, strict=True):
+        runs = [training.read_metrics(tmp_path / "out" / variant.name / f"seed{seed}") for seed in (0, 1)]
+        seen = [[r["eval/log_prob/chosen"] for r in records if "eval/log_prob/chosen" in r] for records in runs]
+        changes = [values[-1] - values[0] for values in seen]
+        expected = f"{sum(changes) / 2:+.3f} ({min(changes):+.3f} to {max(changes):+.3f})"
+        assert row["held-out chosen"] == expected
+    before = (tmp_path / "out" / "single_token.csv").read_bytes()
+    single_token.run(settings)  # all is done: nothing runs, the table is the same
+    assert (tmp_path / "out" / "single_token.csv").read_bytes() == before
+
+
+def fail(words, capsys, main=sentiment.main):
     """Run the command line; return its one line of error."""
     with pytest.raises(SystemExit) as stop:
-        command_line.run(lambda: sentiment.main(words))
+        command_line.run(lambda: main(words))
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
@@ -194,6 +214,22 @@ def tweeteval(folder, labels="0\n2\n" * 8, mapping="0\tnegative\n1\tneutral\n2\t
 )
 def test_bad_flags_end_in_one_line(words, message, capsys, tmp_path):
     assert message in fail(["--preset", "smoke", "--out", str(tmp_path / "out"), *words], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "message"),
+    [
+        (sentiment.main, ["--base.steps", "7"], "--base.steps 7 has no effect: the base model is --model"),
+        (sentiment.main, ["--vocab-size", "999"], "--vocab-size 999 has no effect"),
+        (single_token.main, ["--sets", "long_suffix"], "--sets long_suffix has no effect: this study sets it itself"),
+        (single_token.main, ["--sft.steps", "9"], "--sft.steps 9 has no effect"),
+        (single_token.main, ["--preference.optimizer.name", "sgd"], "--preference.optimizer.name sgd has no effect"),
+    ],
+)
+def test_flags_without_effect_are_refused(main, words, message, capsys, tmp_path):
+    start = ["--preset", "smoke", "--out", str(tmp_path / "out"), "--model", str(tmp_path)]
+    assert message in fail([*start, *words], capsys, main)
     assert not (tmp_path / "out").exists()
 
 
