@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from entangle import extras
@@ -87,6 +88,27 @@ def _leaves(tree: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]
             yield from _leaves(value, f"{head}{name}.")
         else:
             yield f"{head}{name}", value
+
+
+def say_where(out: Path) -> None:
+    """Print the devices and the output folder, as an experiment begins."""
+    import jax
+
+    print(f"devices: {', '.join(d.device_kind for d in jax.devices())}; output: {out}")
+
+
+def name_files(files: Sequence[Path]) -> None:
+    """Print the files that an experiment wrote.
+
+    Example:
+      >>> from pathlib import Path
+      >>> from experiments.command_line import name_files
+      >>> name_files([Path("runs/x/report.md")])
+      <BLANKLINE>
+      wrote:
+        runs/x/report.md
+    """
+    print("\n".join(["", "wrote:", *(f"  {file}" for file in files)]))
 
 
 def run(main: Callable[[], None]) -> None:

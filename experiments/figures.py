@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -50,8 +50,56 @@ def draw(out: Path) -> list[Path]:
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        drawn = [_figure_3(runs, folder), _figure_4a(runs, folder), *_figures_4b(runs, out, folder)]
+        drawn = [_log_probs(runs, folder), _cosine(runs, folder), *_figures_4b(runs, out, folder)]
     return drawn
+
+
+class Titled(NamedTuple):
+    """A figure of curves.
+
+    Attributes:
+      file: its name, without ending.
+      title: what stands above it.
+      metric: what is drawn.
+      axis: label of the vertical axis.
+    """
+
+    file: str
+    title: str
+    metric: str
+    axis: str
+
+
+COSINE, COSINE_AXIS = "eval/geometry/cosine", "mean cos(g_w, g_l), held-out pairs"
+PAPER = (
+    Titled(
+        "figure_3",
+        "Figure 3: chosen and rejected log-probability",
+        "eval/log_prob",
+        "held-out log-probability (nats)",
+    ),
+    Titled("figure_4a", "Figure 4a: gradient cosine", COSINE, COSINE_AXIS),
+)
+# Responses of many tokens lie tens of nats apart: there the change is drawn, which the eye would not see beside that.
+GENERAL = (
+    Titled(
+        "log_ratios",
+        "Chosen and rejected log-probability, change from the reference",
+        "eval/log_ratio",
+        "log-ratio, held-out pairs (nats)",
+    ),
+    Titled("cosine", "Gradient cosine", COSINE, COSINE_AXIS),
+)
+
+
+def titled(runs: Runs) -> tuple[Titled, Titled]:
+    """The two figures of curves; the paper's own experiment has the paper's numbers."""
+    return PAPER if runs.config["kind"] == "sentiment" else GENERAL
+
+
+def names(runs: Runs) -> list[str]:
+    """Names of the figures, in the order in which a report shows them."""
+    return [*(figure.file for figure in titled(runs)), *(f"figure_4b_{name}" for name in runs.records)]
 
 
 def _save(figure: Figure, path: Path) -> Path:
@@ -85,37 +133,42 @@ def _subtitle(runs: Runs) -> str:
     return f"{runs.config['objective']}, data: {Path(runs.config['data']).name}, {band}"
 
 
-def _figure_3(runs: Runs, folder: Path) -> Path:
-    figure = Figure(figsize=(3.2 * len(runs.records), 3.1), layout="constrained")
+def _log_probs(runs: Runs, folder: Path) -> Path:
+    drawn = titled(runs)[0]
+    figure = Figure(figsize=(max(4.8, 3.2 * len(runs.records)), 3.1), layout="constrained")
     rows: list[tuple[Any, ...]] = []
     for axes, (name, seeds) in zip(np.ravel(figure.subplots(1, len(runs.records))), runs.records.items(), strict=True):
         for side, (colour, line) in SIDES.items():
-            found = curve(seeds, f"eval/log_prob/{side}")
+            found = curve(seeds, f"{drawn.metric}/{side}")
             _band(axes, found, colour, line, side)
             rows += _rows(name, side, found)
-        axes.set(title=name, xlabel="step", ylabel="held-out log-probability (nats)")
+        axes.set(title=name, xlabel="step", ylabel=drawn.axis)
         axes.legend(loc="best")
-    figure.suptitle(
-        f"Figure 3: chosen and rejected log-probability; each panel has its own scale\n({_subtitle(runs)})", fontsize=9
+    scales = "; each panel has its own scale" if len(runs.records) > 1 else ""
+    figure.suptitle(f"{drawn.title}{scales}\n({_subtitle(runs)})", fontsize=9)
+    _write_csv(
+        folder / f"{drawn.file}.csv",
+        ("set", "side", "seed", "step", "log_prob_nats" if drawn is PAPER[0] else "log_ratio_nats"),
+        rows,
     )
-    _write_csv(folder / "figure_3.csv", ("set", "side", "seed", "step", "log_prob_nats"), rows)
-    return _save(figure, folder / "figure_3")
+    return _save(figure, folder / drawn.file)
 
 
-def _figure_4a(runs: Runs, folder: Path) -> Path:
+def _cosine(runs: Runs, folder: Path) -> Path:
+    drawn = titled(runs)[1]
     figure = Figure(figsize=(4.8, 3.2), layout="constrained")
     axes = figure.subplots()
     rows: list[tuple[Any, ...]] = []
     for (name, seeds), (colour, line) in zip(runs.records.items(), itertools.cycle(SET_STYLES), strict=False):
-        found = curve(seeds, "eval/geometry/cosine")
+        found = curve(seeds, drawn.metric)
         _band(axes, found, colour, line, name)
         rows += _rows(name, "cosine", found)
     axes.axhline(0.0, color="black", linewidth=0.8)
-    axes.set(xlabel="step", ylabel="mean cos(g_w, g_l), held-out pairs")
+    axes.set(xlabel="step", ylabel=drawn.axis)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.suptitle(f"Figure 4a: gradient cosine\n({_subtitle(runs)})", fontsize=9)
-    _write_csv(folder / "figure_4a.csv", ("set", "metric", "seed", "step", "value"), rows)
-    return _save(figure, folder / "figure_4a")
+    figure.suptitle(f"{drawn.title}\n({_subtitle(runs)})", fontsize=9)
+    _write_csv(folder / f"{drawn.file}.csv", ("set", "metric", "seed", "step", "value"), rows)
+    return _save(figure, folder / drawn.file)
 
 
 def _figures_4b(runs: Runs, out: Path, folder: Path) -> list[Path]:

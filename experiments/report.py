@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from experiments import claims
+from experiments import claims, figures
 from experiments.run_tables import Runs, curve, read_runs
 
 CASES = ("ideal", "both_fall", "both_rise", "reversed", "inactive")
@@ -24,13 +24,15 @@ def write(out: Path) -> Path:
       UserError: the folder has no finished runs.
     """
     runs = read_runs(out)
+    claimed = [_claims(runs, out)] if runs.config["kind"] == "sentiment" else []
     parts = [
         _head(runs),
-        _claims(runs, out),
+        *claimed,
+        _seen(runs),
         _checks(runs),
         _cases(runs),
-        _pictures(runs),
-        _data(out),
+        _pictures(runs, out),
+        _data(runs, out),
         _provenance(out),
     ]
     file = out / "report.md"
@@ -41,15 +43,41 @@ def write(out: Path) -> Path:
 def _head(runs: Runs) -> str:
     c = runs.config
     stage, seeds = c["preference"], c["seeds"]
+    sft = f"{c['sft']['steps']} steps of SFT at {c['sft']['optimizer']['learning_rate']:g}"
     return (
-        f"# Sentiment experiment: {c['objective']} on {Path(c['data']).name}\n\n"
+        f"# {c['kind'].capitalize()} experiment: {c['objective']} on {Path(c['data']).name}\n\n"
         f"Model {Path(c['model']).name}, {seeds} {'seed' if seeds == 1 else 'seeds'}, "
         f"combination of the two gradients: {c['pair_chain']}. Preference stage: {stage['steps']} steps of "
-        f"{stage['batch_size']} pairs, {stage['optimizer']['name']} at {stage['optimizer']['learning_rate']:g}, after "
-        f"{c['sft']['steps']} steps of SFT at {c['sft']['optimizer']['learning_rate']:g}.\n\n"
+        f"{stage['batch_size']} pairs, {stage['optimizer']['name']} at {stage['optimizer']['learning_rate']:g}, "
+        f"{f'after {sft}' if c.get('sft_first', True) else 'from the checkpoint itself'}.\n\n"
         "Values are the mean over seeds and, in brackets, the smallest and largest seed. "
         'Changes are last step minus first. "Shown" means in every seed.'
     )
+
+
+def _seen(runs: Runs) -> str:
+    columns = (
+        ("chosen", "eval/log_prob/chosen", True),
+        ("rejected", "eval/log_prob/rejected", True),
+        ("chosen on training pairs", "eval_train/log_prob/chosen", True),
+        ("accuracy", "eval/accuracy", False),
+        ("cosine", "eval/geometry/cosine", False),
+        ("condition ratio", "eval/geometry/condition_ratio", False),
+    )
+    rows = []
+    for name, seeds in runs.records.items():
+        cells = [name]
+        for _, metric, as_change in columns:
+            found = curve(seeds, metric)
+            first, last = (found.values[:, place].mean() for place in (0, -1))
+            cells.append(claims.spread(found.change()) if as_change else f"{first:.2f} to {last:.2f}")
+        rows.append("| " + " | ".join(cells) + " |")
+    head = "| set | " + " | ".join(title for title, *_ in columns) + " |"
+    text = (
+        "Held-out pairs, unless said otherwise: change of the log-probabilities in nats; accuracy (share of pairs whose "
+        "chosen response gained more on the reference), cosine and condition ratio, mean over seeds, first to last step."
+    )
+    return "\n".join(["## What was seen", "", text, "", head, "|---" * (len(columns) + 1) + "|", *rows])
 
 
 def _claims(runs: Runs, out: Path) -> str:
@@ -69,14 +97,15 @@ def _checks(runs: Runs) -> str:
     return "\n".join(["## Checks of this run", "", *_table("check", claims.checks(runs))])
 
 
-def _data(out: Path) -> str:
+def _data(runs: Runs, out: Path) -> str:
     sets = json.loads((out / "pairs.json").read_text(encoding="utf-8"))
     rows = [
         f"- {name}, {split}: {'; '.join(map(str.strip, x))}"
         for name, splits in sets.items()
         for split, x in splits.items()
     ]
-    text = "Both labels are equally frequent in both splits. A seed varies the order of the SFT and preference batches."
+    balanced = "Both labels are equally frequent in both splits. " if runs.config["kind"] == "sentiment" else ""
+    text = f"{balanced}A seed varies the order of the SFT and preference batches."
     return "\n".join(["## Data", "", text, "", *rows])
 
 
@@ -91,8 +120,8 @@ def _cases(runs: Runs) -> str:
     return "\n".join(["## Cases", "", text, "", *head, *rows])
 
 
-def _pictures(runs: Runs) -> str:
-    names = ["figure_3", "figure_4a", *(f"figure_4b_{name}" for name in runs.records)]
+def _pictures(runs: Runs, out: Path) -> str:
+    names = [name for name in figures.names(runs) if (out / "figures" / f"{name}.png").exists()]
     return "\n\n".join(["## Figures", *(f"![{name}](figures/{name}.png)" for name in names)])
 
 

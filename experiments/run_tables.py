@@ -52,7 +52,7 @@ def read_runs(out: Path) -> Runs:
         raise UserError(f"{out}: no experiment (config.json is missing)")
     config = json.loads(file.read_text(encoding="utf-8"))
     records = {}
-    for name in config["sets"]:
+    for name in json.loads((out / "pairs.json").read_text(encoding="utf-8")):
         seeds = [read_metrics(out / name / f"seed{seed}" / "preference") for seed in range(config["seeds"])]
         if not all(seeds):
             raise UserError(f"{out / name}: a seed has no metrics yet; run the experiment to its end first")

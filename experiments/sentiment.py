@@ -13,13 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
-from entangle import losses, models, training
-from entangle.training import RunFolder
+from entangle import models
 from entangle.types import Params
-from experiments import command_line, figures, report, stages, token_heatmap
-from experiments.sentiment_config import SentimentConfig, config, identity, presets
+from experiments import command_line, pair_runs, stages, token_heatmap
+from experiments.sentiment_config import SentimentConfig, config, presets
 from experiments.sentiment_data import Materials, gather
 
 __all__ = ["EXPORT", "SentimentConfig", "config", "gather", "main", "presets", "run"]
@@ -41,46 +38,18 @@ def run(settings: SentimentConfig) -> list[Path]:
       NonFiniteError: see ``training.train``.
     """
     materials = gather(settings)
-    experiment = RunFolder(settings.out, {"kind": "sentiment", **identity(settings)})
-    training.write_json(settings.out / "pairs.json", materials.report)
-    for name, splits in materials.report.items():
-        for split, lines in splits.items():
-            print(f"{name}, {split}: " + "\n".join(lines))
-    model, tracker = materials.model, trackers(settings)
+    experiment = pair_runs.open_folder(settings, "sentiment", materials.report)
+    tracker = pair_runs.trackers(settings)
     count = 1 + 2 * len(settings.sets) * settings.seeds
     print(f"at most {count} runs: the base model, then SFT and preference optimisation for every set and seed")
     base = materials.checkpoint if materials.checkpoint is not None else _base(settings, materials, tracker)
-    sft = stages.likelihood_program(model, settings.sft)
-    objective = losses.get_objective(settings.objective, **settings.objective_args)
-    preference = stages.preference_program(model, settings.preference, objective, settings.pair_chain)
-    for pair_set in settings.sets:
-        pairs = materials.pairs[pair_set]
-        for seed in range(settings.seeds):
-            folder = settings.out / pair_set / f"seed{seed}"
-            named = {"pair_set": pair_set, "seed": seed, "data": stages.digest(*pairs.train[:2])}
-            start = stages.supervise(folder / "sft", model, sft, base, pairs.train, named, tracker)
-            named |= {"objective": settings.objective, "objective_args": settings.objective_args}
-            named |= {"pair_chain": settings.pair_chain, "held_out": stages.digest(*pairs.held_out[:2])}
-            end = stages.prefer(
-                folder / "preference", preference, start, pairs, named, tracker, probe_pairs=settings.probe_pairs
-            )
-            if seed == 0:
-                token_heatmap.write(
-                    folder,
-                    model,
-                    materials.tokenizer,
-                    pairs.held_out,
-                    {"after SFT": start, "after preference optimisation": end},
-                )
-    files = [*figures.draw(settings.out), report.write(settings.out)]
-    if not experiment.done:
-        experiment.mark_done({"files": [str(f.relative_to(settings.out)) for f in files]})
-    return files
 
+    def heatmap(folder: Path, pairs: stages.PreferenceData, start: Params, end: Params) -> None:
+        checkpoints = {"after SFT": start, "after preference optimisation": end}
+        token_heatmap.write(folder, materials.model, materials.tokenizer, pairs.held_out, checkpoints)
 
-def trackers(settings: SentimentConfig) -> stages.TrackerFactory:
-    """The mirror that the configuration asks for."""
-    return training.WandbTracker if settings.track else lambda folder, config: training.NoTracker()
+    pair_runs.run_all(settings, materials.model, base, materials.pairs, tracker, heatmap)
+    return pair_runs.write_up(experiment)
 
 
 def _base(settings: SentimentConfig, materials: Materials, tracker: stages.TrackerFactory) -> Params:
@@ -100,11 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if settings.model not in models.PRESETS:
         why = f"the base model is --model {settings.model}"
         command_line.refuse_unused(settings, presets()[settings.preset], ("base", "vocab_size"), why)
-    print(f"devices: {', '.join(d.device_kind for d in jax.devices())}; output: {settings.out}")
-    files = run(settings)
-    print("\nwrote:")
-    for file in files:
-        print(f"  {file}")
+    command_line.say_where(settings.out)
+    command_line.name_files(run(settings))
 
 
 if __name__ == "__main__":

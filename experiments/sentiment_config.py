@@ -4,65 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
 
 from entangle.data import LABELS, PAIR_SETS
 from entangle.training import OptimizerConfig, StageConfig
+from experiments.pair_config import PairConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class SentimentConfig:
+class SentimentConfig(PairConfig):
     """The sentiment experiment.
 
     Attributes:
       out: folder of the experiment; made, or continued when it holds the same configuration.
       preset: default, embedded, smoke or paper: the defaults that the other flags override.
       data: "embedded" (the package's grammar), a folder in TweetEval's layout, or "sentiment140" (through TFDS).
-      labels: the two labels that are contrasted, by name.
+      labels: the two labels that are contrasted, by name; both equally often.
       label_words: what the responses say for the two labels; by default their names.
       sets: pair sets, in the figures' order.
       model: tiny, small or gpt2, pretrained here first, or a local Hugging Face GPT-2 folder.
-      objective: margin objective: cpo, dpo, dpop, ipo, kto, r_dpo, rrhf, simpo, slic_hf or sppo.
-      objective_args: hyperparameters of the objective by name, e.g. beta 0.2.
-      pair_chain: how the two gradients are combined: margin, normalized or pairwise_normalized.
-      seeds: number of seeds: order of the SFT and preference batches.
       vocab_size: tokens of the BPE trained on the corpus (a checkpoint brings its own).
-      max_length: T, tokens of a row.
-      train_pairs: at most so many training pairs, both labels equally often.
-      held_out_pairs: at most so many held-out pairs, both labels equally often; all are evaluated.
-      probe_pairs: held-out pairs on which predicted and realised changes are compared at every step.
       base: pretraining of the base model.
-      sft: supervised fine-tuning on the chosen completions.
-      preference: preference optimisation.
-      data_dir: where TFDS keeps the prepared pair sets; by default its own folder.
-      track: mirror the runs in W&B: offline, or online when a key is configured.
     """
 
     out: Path = Path("runs/sentiment")
-    preset: str = "default"
     data: str = "embedded"
     labels: tuple[str, str] = LABELS
     label_words: tuple[str, str] | None = None
     sets: tuple[str, ...] = tuple(PAIR_SETS)
     model: str = "small"
-    objective: str = "dpo"
-    objective_args: dict[str, float] = dataclasses.field(default_factory=dict)
-    pair_chain: str = "margin"
-    seeds: int = 3
     vocab_size: int = 4096
-    max_length: int = 64
-    train_pairs: int = 8192
-    held_out_pairs: int = 128
-    probe_pairs: int = 16
     base: StageConfig = StageConfig(1500, 32, OptimizerConfig(learning_rate=1e-3), checkpoint_every=100)
-    sft: StageConfig = StageConfig(100, 32, OptimizerConfig(learning_rate=1e-3), checkpoint_every=100)
-    preference: StageConfig = StageConfig(
-        120, 32, OptimizerConfig(learning_rate=2e-5), eval_every=20, checkpoint_every=40
-    )
-    data_dir: Path | None = None
-    track: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
 
 
 def presets() -> dict[str, SentimentConfig]:
@@ -122,14 +93,3 @@ def config() -> SentimentConfig:
       'dpo'
     """
     return presets()["default"]
-
-
-def identity(settings: SentimentConfig) -> dict[str, Any]:
-    """What makes two runs of the experiment the same: everything but where it writes and what it mirrors.
-
-    Example:
-      >>> from experiments.sentiment_config import config, identity
-      >>> sorted(set(vars(config())) - set(identity(config())))
-      ['data_dir', 'out', 'track']
-    """
-    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "data_dir", "track")}

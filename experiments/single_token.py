@@ -24,9 +24,10 @@ import numpy as np
 from entangle import losses
 from entangle.errors import UserError
 from entangle.training import RunFolder, read_metrics
-from experiments import command_line, sentiment, stages
+from experiments import command_line, pair_runs, stages
+from experiments.pair_config import identity
 from experiments.run_tables import curve
-from experiments.sentiment_config import SentimentConfig, identity
+from experiments.sentiment_config import SentimentConfig
 from experiments.sentiment_config import presets as sentiment_presets
 from experiments.sentiment_data import gather
 
@@ -88,7 +89,7 @@ def run(settings: SentimentConfig) -> Path:
     if materials.checkpoint is None:
         raise UserError(f"--model {settings.model}: name the checkpoint folder of a base model")
     RunFolder(settings.out, {"kind": "single_token", **identity(settings)})
-    pairs, tracker = materials.pairs[PAIR_SET], sentiment.trackers(settings)
+    pairs, tracker = materials.pairs[PAIR_SET], pair_runs.trackers(settings)
     objective = losses.get_objective(settings.objective, **settings.objective_args)
     for variant in sweep():
         sft_stage = dataclasses.replace(settings.sft, steps=variant.sft_steps)
@@ -96,7 +97,14 @@ def run(settings: SentimentConfig) -> Path:
         moved = {"name": variant.optimizer, "learning_rate": variant.learning_rate}
         optimizer = dataclasses.replace(settings.preference.optimizer, **moved)  # type: ignore[arg-type]
         stage = dataclasses.replace(settings.preference, optimizer=optimizer)
-        program = stages.preference_program(materials.model, stage, objective, settings.pair_chain, with_geometry=False)
+        program = stages.preference_program(
+            materials.model,
+            stage,
+            objective,
+            settings.pair_chain,
+            with_geometry=False,
+            geometry_batch=settings.geometry_batch,
+        )
         for seed in range(settings.seeds):
             named = {"pair_set": PAIR_SET, "seed": seed, "data": stages.digest(*pairs.train[:2])}
             folder = settings.out / f"sft{variant.sft_steps}" / f"seed{seed}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,6 +143,7 @@ def _finish(
     step: Callable[[TrainState, Any], Any],
     tracker: TrackerFactory,
     evaluate: Callable[[Params], Mapping[str, jax.Array]] | None = None,
+    sources: Sequence[str] | None = None,
 ) -> Params:
     config = {**identity, "start": digest(*jax.tree.leaves(start)), "stage": dataclasses.asdict(program.stage)}
     run = RunFolder(folder, config)
@@ -152,7 +153,7 @@ def _finish(
     label = " ".join(str(identity[name]) for name in ("kind", "pair_set", "seed") if name in identity)
     mirror = tracker(folder, config)
     return training.train(
-        run, state, step, batches, program.stage, evaluate=evaluate, tracker=mirror, label=label
+        run, state, step, batches, program.stage, evaluate=evaluate, tracker=mirror, label=label, sources=sources
     ).params
 
 
@@ -208,7 +209,8 @@ def supervise(
     batches = training.MappedBatches(
         stream, lambda pairs, _: TokenBatch(pairs.tokens[:, 0], pairs.completion_mask[:, 0])
     )
-    return _finish(folder, {"kind": "sft", **identity}, program, start, batches, program.step, tracker)
+    identity = {"kind": "sft", **identity}
+    return _finish(folder, identity, program, start, batches, program.step, tracker, sources=train.sources)
 
 
 def prefer(
@@ -253,4 +255,5 @@ def prefer(
     def step(state: TrainState, batch: Any) -> Any:
         return program.program.step(state, batch, probe)
 
-    return _finish(folder, {"kind": "preference", **identity}, program.program, start, batches, step, tracker, evaluate)
+    identity = {"kind": "preference", **identity}
+    return _finish(folder, identity, program.program, start, batches, step, tracker, evaluate, pairs.train.sources)

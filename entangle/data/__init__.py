@@ -14,7 +14,7 @@ from entangle.data.builders import PreferencePairs, StoredPairs, load_pairs, pre
 from entangle.data.cleaning import clean_text
 from entangle.data.encode import EncodedPairs, EncodingReport, encode_pairs
 from entangle.data.grammar import generate_tweets
-from entangle.data.preferences import BadLine, ReadReport, read_preferences
+from entangle.data.preferences import BadLine, ReadReport, divide_by_prompt, read_preferences
 from entangle.data.records import LabelledText, PreferenceRecord
 from entangle.data.sentiment import (
     LABELS,
@@ -43,6 +43,7 @@ __all__ = [
     "Tokenizer",
     "balanced",
     "clean_text",
+    "divide_by_prompt",
     "embedded_corpus",
     "encode_pairs",
     "encode_text",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from entangle.data.records import PreferenceRecord
 from entangle.errors import UserError
 
 _SHOWN = 5
+_HOLD_OUT_EVERY = 8
 
 
 class BadLine(NamedTuple):
@@ -86,6 +87,43 @@ def read_preferences(path: str | Path) -> tuple[list[PreferenceRecord], ReadRepo
         first = f"; the first bad one is {bad[0].source}: {bad[0].reason}" if bad else ""
         raise UserError(f"{path}: no preference pair in {len(bad)} lines{first}")
     return records, ReadReport(path.name, len(records) + len(bad), tuple(bad))
+
+
+def divide_by_prompt(
+    records: Sequence[PreferenceRecord], held_out: Sequence[PreferenceRecord] | None = None
+) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
+    """Make training and held-out pairs that share no prompt.
+
+    Args:
+      records: the pairs to train on, at least one.
+      held_out: the pairs to evaluate on; None holds out every eighth prompt of ``records``, with all its pairs.
+
+    Returns:
+      Training and held-out pairs, in order; training pairs whose prompt is held out are left out.
+
+    Raises:
+      UserError: too few prompts to hold any out, or none left to train on.
+
+    Example:
+      >>> records = [PreferenceRecord(f"prompt {i // 2}", " yes", " no", f"a.jsonl:{i + 1}") for i in range(32)]
+      >>> [len(part) for part in divide_by_prompt(records)]
+      [28, 4]
+    """
+    if held_out is None:
+        prompts = list(dict.fromkeys(record.prompt for record in records))
+        if len(prompts) < _HOLD_OUT_EVERY:
+            raise UserError(
+                f"{records[0].source} and after: {len(prompts)} different prompts are too few to hold every "
+                f"{_HOLD_OUT_EVERY}th out; name a held-out file"
+            )
+        apart = set(prompts[_HOLD_OUT_EVERY - 1 :: _HOLD_OUT_EVERY])
+        held_out = [record for record in records if record.prompt in apart]
+    else:
+        apart = {record.prompt for record in held_out}
+    train = [record for record in records if record.prompt not in apart]
+    if not train:
+        raise UserError(f"{records[0].source} and after: no pair is left to train on, every prompt is held out")
+    return train, list(held_out)
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,15 @@ def _scalars(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _check_finite(pending: _Pending, checkpoints: Checkpoints) -> None:
+def _check_finite(pending: _Pending, checkpoints: Checkpoints, sources: Sequence[str] | None) -> None:
     metrics = _scalars(pending.result.metrics)
     bad = [name for name in ("loss", "update_norm") if not math.isfinite(metrics.get(name, 0.0))]
     if not bad:
         return
     rows = np.flatnonzero(~np.isfinite(np.asarray(pending.result.losses)))
-    culprits = [int(i) for i in np.asarray(pending.index)[rows]] or [int(i) for i in np.asarray(pending.index)]
-    whose = "examples" if rows.size else "no single loss is to blame; examples of the batch"
+    index = np.asarray(pending.index)
+    culprits = ", ".join(f"{i} ({sources[i]})" if sources else str(i) for i in (index[rows] if rows.size else index))
+    whose = "examples" if rows.size else "no single loss is to blame; examples of the batch:"
     last = checkpoints.latest
     good = f"last good checkpoint: {checkpoints.folder / str(last)}" if last is not None else "no checkpoint yet"
     raise NonFiniteError(f"step {pending.step}: {' and '.join(bad)} not finite; {whose} {culprits}; {good}")
@@ -51,7 +52,10 @@ def _check_finite(pending: _Pending, checkpoints: Checkpoints) -> None:
 class _Recorder:
     """Holds the steps' results on the device until they are written together, so that steps do not wait for the host."""
 
-    def __init__(self, run: RunFolder, checkpoints: Checkpoints, tracker: Tracker):
+    def __init__(
+        self, run: RunFolder, checkpoints: Checkpoints, tracker: Tracker, sources: Sequence[str] | None = None
+    ):
+        self.sources = sources
         self.run, self.checkpoints, self.tracker = run, checkpoints, tracker
         self.pending: list[_Pending] = []
         self.last: dict[str, float] = {}
@@ -63,7 +67,7 @@ class _Recorder:
         seconds = (time.perf_counter() - self.since) / max(1, len(self.pending))
         try:
             for pending in self.pending:
-                _check_finite(pending, self.checkpoints)
+                _check_finite(pending, self.checkpoints, self.sources)
                 self.last = _scalars(pending.result.metrics)
                 records.append({"step": pending.step, **self.last, "seconds": round(seconds, 6)})
         finally:
@@ -88,6 +92,7 @@ def train(
     evaluate: Callable[[Params], Mapping[str, jax.Array]] | None = None,
     tracker: Tracker | None = None,
     label: str = "",
+    sources: Sequence[str] | None = None,
 ) -> TrainState:
     """Train to the last step, from the latest checkpoint of the run folder if it has one.
 
@@ -103,6 +108,7 @@ def train(
       evaluate: parameters to metrics (scalars); logged as they are named, ``eval/...`` by custom.
       tracker: mirror of the metrics; closed at the end.
       label: what the progress bar says.
+      sources: where each example came from, by index, e.g. "train.jsonl:17"; errors then say so.
 
     Returns:
       The final state.
@@ -129,7 +135,7 @@ def train(
         stack.enter_context(run.locked())
         checkpoints = Checkpoints(run.path / "checkpoints")
         stack.callback(checkpoints.close)
-        recorder = _Recorder(run, checkpoints, tracker or NoTracker())
+        recorder = _Recorder(run, checkpoints, tracker or NoTracker(), sources)
         stack.callback(recorder.tracker.close)
         if checkpoints.latest is not None:
             state, position = checkpoints.restore(state)

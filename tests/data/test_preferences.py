@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from entangle.data import read_preferences
+from entangle.data import PreferenceRecord, divide_by_prompt, read_preferences
 from entangle.data.dialogues import NotAPairError, parse_pair
 from entangle.errors import UserError
 
@@ -129,3 +129,14 @@ def test_real_dialogues():
         assert record.prompt + record.chosen == dialogue["chosen"]
         assert record.prompt + record.rejected == dialogue["rejected"]
         assert record.prompt.endswith("\n\nAssistant:")
+
+
+def test_divided_pairs_share_no_prompt_and_none_is_lost_without_reason():
+    records = [PreferenceRecord(f"p{i % 16}", " a", " b", f"x:{i}") for i in range(40)]
+    train, held_out = divide_by_prompt(records)
+    assert {r.prompt for r in held_out} == {"p7", "p15"}
+    assert sorted(train + held_out) == sorted(records)
+    others = [PreferenceRecord("p3", " c", " d", "y:1"), PreferenceRecord("new", " c", " d", "y:2")]
+    train, held_out = divide_by_prompt(records, others)
+    assert held_out == others
+    assert train == [r for r in records if r.prompt != "p3"]

@@ -10,7 +10,7 @@ import pytest
 
 from entangle import data, models, training
 from entangle.errors import UserError
-from experiments import command_line, sentiment, single_token
+from experiments import sentiment, single_token
 from experiments.run_tables import curve, read_runs
 from experiments.sentiment import presets
 
@@ -138,7 +138,7 @@ def test_another_base_model_is_not_served_old_runs(finished, tmp_path):
                 sentiment.run(settings())
 
 
-def test_single_token_needs_a_base_model_and_its_own_folder(finished, capsys):
+def test_single_token_needs_a_base_model_and_its_own_folder(finished):
     out, _ = finished
     message = "name the checkpoint folder of a base model"
     with pytest.raises(UserError, match=message):
@@ -168,17 +168,6 @@ def test_single_token_tabulates_its_own_runs(finished, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "single_token.csv").read_bytes() == before
 
 
-def fail(words, capsys, main=sentiment.main):
-    """Run the command line; return its one line of error."""
-    with pytest.raises(SystemExit) as stop:
-        command_line.run(lambda: main(words))
-    assert stop.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: ")
-    assert "\n" not in error
-    return error
-
-
 def tweeteval(folder, labels="0\n2\n" * 8, mapping="0\tnegative\n1\tneutral\n2\tpositive\n"):
     folder.mkdir()
     (folder / "mapping.txt").write_text(mapping)
@@ -200,7 +189,7 @@ def tweeteval(folder, labels="0\n2\n" * 8, mapping="0\tnegative\n1\tneutral\n2\t
         (["--data", "nowhere"], "nowhere"),
         (["--labels", "angry", "glad"], "the embedded data has negative and positive only"),
         (["--max-length", "4096"], "--max-length 4096: model tiny has 128 positions"),
-        (["--seeds", "0"], "0 seeds"),
+        (["--seeds", "0"], "--seeds 0: at least one is needed"),
         (["--preference.steps", "0"], "steps is 0"),
         (["--preference.eval-every", "0"], "the figures are drawn from the evaluations"),
         (["--preference.batch-size", "9999"], "--preference.batch-size 9999: there are only 512 training pairs"),
@@ -212,8 +201,8 @@ def tweeteval(folder, labels="0\n2\n" * 8, mapping="0\tnegative\n1\tneutral\n2\t
         (["--preference.optimizer.name", "adagrad"], "unknown optimizer 'adagrad'"),
     ],
 )
-def test_bad_flags_end_in_one_line(words, message, capsys, tmp_path):
-    assert message in fail(["--preset", "smoke", "--out", str(tmp_path / "out"), *words], capsys)
+def test_bad_flags_end_in_one_line(words, message, fail, tmp_path):
+    assert message in fail(["--preset", "smoke", "--out", str(tmp_path / "out"), *words])
     assert not (tmp_path / "out").exists()
 
 
@@ -227,44 +216,44 @@ def test_bad_flags_end_in_one_line(words, message, capsys, tmp_path):
         (single_token.main, ["--preference.optimizer.name", "sgd"], "--preference.optimizer.name sgd has no effect"),
     ],
 )
-def test_flags_without_effect_are_refused(main, words, message, capsys, tmp_path):
+def test_flags_without_effect_are_refused(main, words, message, fail, tmp_path):
     start = ["--preset", "smoke", "--out", str(tmp_path / "out"), "--model", str(tmp_path)]
-    assert message in fail([*start, *words], capsys, main)
+    assert message in fail([*start, *words], main=main)
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_folders_end_in_one_line(capsys, tmp_path):
+def test_bad_folders_end_in_one_line(fail, tmp_path):
     out = ["--preset", "smoke", "--out", str(tmp_path / "out")]
     (tmp_path / "empty").mkdir()
-    assert str(tmp_path / "empty") in fail([*out, "--data", str(tmp_path / "empty")], capsys)
+    assert str(tmp_path / "empty") in fail([*out, "--data", str(tmp_path / "empty")])
     short = tweeteval(tmp_path / "short", labels="0\n2\n")
-    assert "train_labels.txt" in fail([*out, "--data", str(short)], capsys)
+    assert "train_labels.txt" in fail([*out, "--data", str(short)])
     good = tweeteval(tmp_path / "good")
-    assert "sarcastic" in fail([*out, "--data", str(good), "--labels", "negative", "sarcastic"], capsys)
+    assert "sarcastic" in fail([*out, "--data", str(good), "--labels", "negative", "sarcastic"])
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_checkpoints_end_in_one_line(capsys, tmp_path):
+def test_bad_checkpoints_end_in_one_line(fail, tmp_path):
     out = ["--preset", "smoke", "--out", str(tmp_path / "out"), "--model"]
     llama = tmp_path / "llama"
     llama.mkdir()
     (llama / "config.json").write_text('{"model_type": "llama"}')
     (llama / "model.safetensors").write_bytes(b"")
-    assert "llama" in fail([*out, str(llama)], capsys)
+    assert "llama" in fail([*out, str(llama)])
     tokenizer = data.train_bpe(["Tweet: positive negative"] * 9, 290)
     config = models.DecoderConfig(vocab_size=270, max_positions=64, width=4, layers=1, heads=1)
     small = tmp_path / "small"
     models.save_gpt2(small, config, models.language_model(config).init(jax.random.key(0)))
     tokenizer.save(small)
     message = f"the tokenizer has {tokenizer.vocab_size} tokens, the model only 270"
-    assert message in fail([*out, str(small)], capsys)
+    assert message in fail([*out, str(small)])
     assert not (tmp_path / "out").exists()
 
 
-def test_another_configurations_folder_is_refused_whole(finished, capsys):
+def test_another_configurations_folder_is_refused_whole(finished, fail):
     out, _ = finished
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    error = fail(["--preset", "smoke", "--no-track", "--out", str(out)], capsys)
+    error = fail(["--preset", "smoke", "--no-track", "--out", str(out)])
     assert f"{out} holds a run of another configuration: " in error
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
 

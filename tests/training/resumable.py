@@ -54,7 +54,7 @@ def main(folder, seconds=0.0, tracker=None, poison=None):
 
     run = training.RunFolder(folder, {"seed": 3})
     state = training.init_state(params, tx)
-    return training.train(run, state, step, batches, stage, evaluate=evaluate, tracker=tracker)
+    return training.train(run, state, step, batches, stage, evaluate=evaluate, tracker=tracker, sources=pairs.sources)
 
 
 if __name__ == "__main__":

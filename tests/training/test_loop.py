@@ -80,7 +80,7 @@ def test_a_non_finite_loss_names_step_pairs_and_checkpoint(tmp_path):
         resumable.main(tmp_path / "run", poison=17)
     last = (step - 1) // 5 * 5
     good = f"last good checkpoint: {tmp_path / 'run' / 'checkpoints' / str(last)}" if last else "no checkpoint yet"
-    assert str(error.value).startswith(f"step {step}: loss and update_norm not finite; examples [17]; ")
+    assert str(error.value).startswith(f"step {step}: loss and update_norm not finite; examples 17 (pair:17); ")
     assert str(error.value).endswith(good)
     kept = [r["step"] for r in records(tmp_path / "run") if "loss" in r]
     assert kept == list(range(1, step))

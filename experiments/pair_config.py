@@ -1,0 +1,63 @@
+"""What every experiment on preference pairs is configured by."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from entangle.training import OptimizerConfig, StageConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PairConfig:
+    """An experiment on preference pairs: where it writes, and SFT and preference optimisation on its pairs.
+
+    Attributes:
+      out: folder of the experiment; made, or continued when it holds the same configuration.
+      preset: the defaults that the other flags override.
+      objective: margin objective: cpo, dpo, dpop, ipo, kto, r_dpo, rrhf, simpo, slic_hf or sppo.
+      objective_args: hyperparameters of the objective by name, e.g. beta 0.2.
+      pair_chain: how the two gradients are combined: margin, normalized or pairwise_normalized.
+      seeds: number of seeds: order of the SFT and preference batches.
+      max_length: T, tokens of a row.
+      train_pairs: at most so many training pairs.
+      held_out_pairs: at most so many held-out pairs; all are evaluated.
+      probe_pairs: held-out pairs on which predicted and realised changes are compared at every step.
+      geometry_batch: pairs whose gradients are held at a time for the exact geometry: two copies of the parameters each.
+      sft: supervised fine-tuning on the chosen completions.
+      preference: preference optimisation.
+      data_dir: where TFDS keeps the prepared pair sets; by default its own folder.
+      track: mirror the runs in W&B: offline, or online when a key is configured.
+    """
+
+    out: Path = Path("runs/pairs")
+    preset: str = "default"
+    objective: str = "dpo"
+    objective_args: dict[str, float] = dataclasses.field(default_factory=dict)
+    pair_chain: str = "margin"
+    seeds: int = 3
+    max_length: int = 64
+    train_pairs: int = 8192
+    held_out_pairs: int = 128
+    probe_pairs: int = 16
+    geometry_batch: int = 8
+    sft: StageConfig = StageConfig(100, 32, OptimizerConfig(learning_rate=1e-3), checkpoint_every=100)
+    preference: StageConfig = StageConfig(
+        120, 32, OptimizerConfig(learning_rate=2e-5), eval_every=20, checkpoint_every=40
+    )
+    data_dir: Path | None = None
+    track: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
+
+
+def identity(settings: PairConfig) -> dict[str, Any]:
+    """What makes two runs of an experiment the same: everything but where it writes and what it mirrors.
+
+    Example:
+      >>> from experiments.pair_config import PairConfig, identity
+      >>> sorted(set(vars(PairConfig())) - set(identity(PairConfig())))
+      ['data_dir', 'out', 'track']
+    """
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "data_dir", "track")}

@@ -1,0 +1,101 @@
+"""The runs of an experiment on preference pairs: SFT and preference optimisation for every set and seed, then the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from entangle import losses, training
+from entangle.models import LanguageModel
+from entangle.training import RunFolder
+from entangle.types import Params
+from experiments import figures, report, stages
+from experiments.pair_config import PairConfig, identity
+
+AfterRun = Callable[[Path, stages.PreferenceData, Params, Params], None]
+"""Called once a set, for seed 0: the set's folder, its pairs, the parameters before and after preference optimisation."""
+
+
+def trackers(settings: PairConfig) -> stages.TrackerFactory:
+    """The mirror that the configuration asks for."""
+    return training.WandbTracker if settings.track else lambda folder, config: training.NoTracker()
+
+
+def open_folder(settings: PairConfig, kind: str, reports: Mapping[str, Mapping[str, list[str]]]) -> RunFolder:
+    """Make or continue the experiment's folder, and say what became of the pairs.
+
+    Args:
+      settings: the configuration.
+      kind: of experiment, part of the folder's identity.
+      reports: pair set -> split -> lines, printed and kept in ``pairs.json``.
+
+    Raises:
+      UserError: the folder holds something else.
+    """
+    experiment = RunFolder(settings.out, {"kind": kind, **identity(settings)})
+    training.write_json(settings.out / "pairs.json", reports)
+    for name, splits in reports.items():
+        for split, lines in splits.items():
+            print(f"{name}, {split}: " + "\n".join(lines))
+    return experiment
+
+
+def run_all(
+    settings: PairConfig,
+    model: LanguageModel,
+    base: Params,
+    pairs: Mapping[str, stages.PreferenceData],
+    tracker: stages.TrackerFactory,
+    after: AfterRun | None = None,
+    *,
+    sft_first: bool = True,
+) -> None:
+    """Run or continue SFT and preference optimisation for every set and seed.
+
+    Args:
+      settings: the configuration.
+      model: the policy.
+      base: parameters to start from.
+      pairs: pair set -> both splits.
+      tracker: makes the mirror of a run.
+      after: what else is to be made from the models of seed 0.
+      sft_first: SFT before; without it ``base`` itself is start and reference of preference optimisation.
+
+    Raises:
+      UserError: a folder holds another run.
+      NonFiniteError: see ``training.train``.
+    """
+    sft = stages.likelihood_program(model, settings.sft)
+    objective = losses.get_objective(settings.objective, **settings.objective_args)
+    preference = stages.preference_program(
+        model, settings.preference, objective, settings.pair_chain, geometry_batch=settings.geometry_batch
+    )
+    for pair_set, both in pairs.items():
+        for seed in range(settings.seeds):
+            folder = settings.out / pair_set / f"seed{seed}"
+            named = {"pair_set": pair_set, "seed": seed, "data": stages.digest(*both.train[:2])}
+            start = base
+            if sft_first:
+                start = stages.supervise(folder / "sft", model, sft, base, both.train, named, tracker)
+            named |= {"objective": settings.objective, "objective_args": settings.objective_args}
+            named |= {"pair_chain": settings.pair_chain, "held_out": stages.digest(*both.held_out[:2])}
+            end = stages.prefer(
+                folder / "preference", preference, start, both, named, tracker, probe_pairs=settings.probe_pairs
+            )
+            if seed == 0 and after is not None:
+                after(folder, both, start, end)
+
+
+def write_up(experiment: RunFolder) -> list[Path]:
+    """Draw the figures, write the report, mark the experiment as done.
+
+    Args:
+      experiment: its folder, all runs finished.
+
+    Returns:
+      The files that a reader wants: figures and report.
+    """
+    files = [*figures.draw(experiment.path), report.write(experiment.path)]
+    if not experiment.done:
+        experiment.mark_done({"files": [str(f.relative_to(experiment.path)) for f in files]})
+    return files

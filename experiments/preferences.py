@@ -1,0 +1,150 @@
+"""Any preference file: SFT and preference optimisation from a checkpoint, with the pair geometry at every step.
+
+Claim: none of its own; it shows for your data and model what arXiv 2410.13828, Figures 2 and 3, show for theirs: how both
+log-probabilities move, how their gradients are entangled, and which case the pairs are in.
+
+Command: ``python -m experiments.preferences --data TRAIN.jsonl --held-out TEST.jsonl --model FOLDER --out DIR``.
+Hardware and time: an accelerator for GPT-2 small and larger; two CPU cores, about half an hour, for a million parameters.
+Result: figures (log-probabilities, cosine), their numbers as CSV, and report.md in the output folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import tyro
+
+from entangle import data
+from entangle.errors import UserError
+from entangle.training import OptimizerConfig, StageConfig
+from experiments import command_line, pair_data, pair_runs, stages
+from experiments.pair_config import PairConfig
+
+PAIR_SET = "preferences"
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferencesConfig(PairConfig):
+    """Training on a preference file.
+
+    Attributes:
+      out: folder of the experiment; made, or continued when it holds the same configuration.
+      preset: default or smoke: the defaults that the other flags override.
+      data: preference file, .jsonl or .jsonl.gz, one JSON object a line with prompt, chosen and rejected.
+      held_out: a second file to evaluate on; without it every eighth prompt of --data is held out.
+      model: local Hugging Face GPT-2 folder with its tokenizer.
+      sft_first: SFT on the chosen completions before; without it the checkpoint itself is start and reference.
+    """
+
+    out: Path = Path("runs/preferences")
+    data: str = ""
+    held_out: str = ""
+    model: str = ""
+    seeds: int = 1
+    max_length: int = 256
+    sft: StageConfig = StageConfig(64, 16, OptimizerConfig(learning_rate=1.41e-5), checkpoint_every=64)
+    preference: StageConfig = StageConfig(
+        500, 16, OptimizerConfig(learning_rate=5e-6), eval_every=50, checkpoint_every=50
+    )
+    sft_first: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
+
+
+class Materials(NamedTuple):
+    """What the runs are made from.
+
+    Attributes:
+      checkpoint: model, parameters and tokenizer.
+      pairs: both splits, encoded.
+      report: what became of the lines of the files and of the pairs of each split.
+    """
+
+    checkpoint: pair_data.Checkpoint
+    pairs: stages.PreferenceData
+    report: dict[str, list[str]]
+
+
+def presets() -> dict[str, PreferencesConfig]:
+    """The named defaults: ``default`` has the stages of arXiv 2410.13828, ``smoke`` is there to see that all is in place.
+
+    Example:
+      >>> from experiments.preferences import presets
+      >>> list(presets())
+      ['default', 'smoke']
+    """
+    default = PreferencesConfig()
+    smoke = dataclasses.replace(
+        default,
+        preset="smoke",
+        max_length=128,
+        train_pairs=256,
+        held_out_pairs=16,
+        probe_pairs=8,
+        sft=dataclasses.replace(default.sft, steps=8, batch_size=8),
+        preference=dataclasses.replace(default.preference, steps=10, batch_size=8, eval_every=5),
+    )
+    return {preset.preset: preset for preset in (default, smoke)}
+
+
+def gather(settings: PreferencesConfig) -> Materials:
+    """Read, check and encode everything that a wrong flag or file can spoil, before anything is written.
+
+    Raises:
+      UserError: bad input.
+    """
+    pair_data.check(settings)
+    for name, what in (("data", "a preference file (.jsonl or .jsonl.gz)"), ("model", "a Hugging Face GPT-2 folder")):
+        if not getattr(settings, name):
+            raise UserError(f"name {what} with --{name}")
+    checkpoint = pair_data.load_checkpoint(settings, settings.model)
+    records, found = data.read_preferences(settings.data)
+    lines, others = found.lines(), None
+    if settings.held_out:
+        others, found = data.read_preferences(settings.held_out)
+        lines += found.lines()
+    train, held_out = data.divide_by_prompt(records, others)
+    if others is not None:
+        lines.append(f"{len(records) - len(train)} training pairs left out: their prompt is held out")
+    pairs, report = pair_data.encode(
+        settings,
+        checkpoint.tokenizer,
+        PAIR_SET,
+        train[: settings.train_pairs],
+        held_out[: settings.held_out_pairs],
+        add_eos=True,
+    )
+    return Materials(checkpoint, pairs, {"files": lines, **report})
+
+
+def run(settings: PreferencesConfig) -> list[Path]:
+    """Run or continue the whole experiment, and draw its figures.
+
+    Returns:
+      The files that a reader wants: figures and report.
+
+    Raises:
+      UserError: bad input; nothing has been overwritten.
+      NonFiniteError: see ``training.train``.
+    """
+    checkpoint, pairs, lines = gather(settings)
+    experiment = pair_runs.open_folder(settings, PAIR_SET, {PAIR_SET: lines})
+    tracker = pair_runs.trackers(settings)
+    pair_runs.run_all(
+        settings, checkpoint.model, checkpoint.params, {PAIR_SET: pairs}, tracker, sft_first=settings.sft_first
+    )
+    return pair_runs.write_up(experiment)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: ``python -m experiments.preferences --help``."""
+    settings = command_line.parse(presets(), arguments, description=(__doc__ or "").split("\n")[0])
+    command_line.say_where(settings.out)
+    if not settings.sft_first:
+        command_line.refuse_unused(settings, presets()[settings.preset], ("sft",), "--no-sft-first leaves SFT out")
+    command_line.name_files(run(settings))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,148 @@
+"""A preference file, from its lines to figures; and what a user can get wrong about it."""
+
+import csv
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from entangle import data, models, training
+from entangle.types import PairBatch
+from experiments import preferences
+from experiments.preferences import presets
+
+WORDS = ("tea", "coffee", "milk", "water", "juice", "soda", "cocoa", "cider")
+
+
+def line(number):
+    prompt = f"guest {number // 2} asks for {WORDS[number % 8]}"
+    return {"prompt": prompt, "chosen": f" {WORDS[number % 8]}, please", "rejected": f" no {WORDS[(number + 1) % 8]}"}
+
+
+def write(path, numbers, *others):
+    path.write_text("".join(f"{text}\n" for text in (*(json.dumps(line(n)) for n in numbers), *others)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "gpt2"
+    tokenizer = data.train_bpe([" ".join(map(str, line(n).values())) for n in range(64)], 300)
+    config = models.DecoderConfig(vocab_size=tokenizer.vocab_size, max_positions=64, width=8, layers=1, heads=2)
+    models.save_gpt2(folder, config, models.language_model(config).init(jax.random.key(0)))
+    tokenizer.save(folder)
+    return folder
+
+
+def settings(out, file, model, **changes):
+    smoke = presets()["smoke"]
+    stages = {
+        name: dataclasses.replace(getattr(smoke, name), steps=3, batch_size=4, checkpoint_every=2, log_every=2)
+        for name in ("sft", "preference")
+    }
+    stages["preference"] = dataclasses.replace(stages["preference"], eval_every=2)
+    small = {
+        "out": out,
+        "data": str(file),
+        "model": str(model),
+        "max_length": 64,
+        "held_out_pairs": 6,
+        "probe_pairs": 4,
+    }
+    return dataclasses.replace(smoke, track=False, **stages, **(small | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, checkpoint):
+    folder = tmp_path_factory.mktemp("preferences")
+    file = write(folder / "pairs.jsonl", range(64), "not JSON")
+    asked = settings(folder / "out", file, checkpoint)
+    return asked, preferences.run(asked)
+
+
+def test_files_are_there_and_named(finished):
+    asked, files = finished
+    names = [str(f.relative_to(asked.out)) for f in files]
+    assert names == ["figures/log_ratios.png", "figures/cosine.png", "report.md"]
+    with (asked.out / "figures" / "log_ratios.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    records = training.read_metrics(asked.out / "preferences" / "seed0" / "preference")
+    for row in rows:
+        found = [r for r in records if r["step"] == int(row["step"]) and "eval/log_ratio/chosen" in r]
+        assert float(row["log_ratio_nats"]) == found[0][f"eval/log_ratio/{row['side']}"]
+
+
+def test_the_report_says_what_became_of_the_lines(finished):
+    report = (finished[0].out / "report.md").read_text()
+    assert "pairs.jsonl: 64 of 65 lines read, 1 bad; pairs.jsonl:65: not JSON" in report
+    assert "2410.13828" not in report  # the paper's claims are about its own experiment
+    for name in ("log_ratios", "cosine"):
+        assert f"![{name}](figures/{name}.png)" in report
+
+
+def test_no_prompt_is_on_both_sides(finished):
+    asked, _ = finished
+    pairs = preferences.gather(asked).pairs
+    prompts = [{line(int(source.split(":")[1]) - 1)["prompt"] for source in split.sources} for split in pairs]
+    assert prompts[1]
+    assert not prompts[0] & prompts[1]
+
+
+def test_a_held_out_file_takes_its_prompts_from_training(finished, tmp_path):
+    asked, _ = finished
+    test = write(tmp_path / "test.jsonl", range(0, 64, 8))
+    found = preferences.gather(dataclasses.replace(asked, held_out=str(test)))
+    assert found.report["files"][-1] == "8 training pairs left out: their prompt is held out"
+    assert {source.split(":")[0] for source in found.pairs.held_out.sources} == {"test.jsonl"}
+
+
+def test_without_sft_the_checkpoint_itself_is_the_start(finished, tmp_path):
+    asked, _ = finished
+    asked = dataclasses.replace(asked, out=tmp_path / "out", sft_first=False)
+    preferences.run(asked)
+    assert sorted(p.name for p in (asked.out / "preferences" / "seed0").iterdir()) == ["preference"]
+    _, params = models.load_gpt2(asked.model)
+    pairs = preferences.gather(asked).pairs
+    model = preferences.gather(asked).checkpoint.model
+    scored = model.log_probs(params, PairBatch(pairs.held_out.tokens, pairs.held_out.completion_mask))
+    first = training.read_metrics(asked.out / "preferences" / "seed0" / "preference")[0]
+    assert first["eval/log_prob/chosen"] == pytest.approx(float(scored[:, 0].mean()), abs=1e-4)
+    assert "from the checkpoint itself" in (asked.out / "report.md").read_text()
+
+
+def test_geometry_does_not_depend_on_how_many_pairs_are_held_at_a_time(finished, tmp_path):
+    asked, _ = finished
+    again = dataclasses.replace(asked, out=tmp_path / "out", geometry_batch=1)
+    preferences.run(again)
+    one, other = (training.read_metrics(s.out / "preferences" / "seed0" / "preference") for s in (asked, again))
+    names = [name for name in one[1] if name.startswith("geometry/")]
+    assert names
+    for a, b in zip(one, other, strict=True):
+        for name in names:
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6)
+
+
+def test_bad_input_ends_in_one_line(finished, checkpoint, tmp_path, fail):
+    asked, _ = finished
+    start = ["--preset", "smoke", "--max-length", "64", "--out", str(tmp_path / "out")]
+    model = ["--model", str(checkpoint)]
+    cases = [
+        ([], "name a preference file (.jsonl or .jsonl.gz) with --data"),
+        (["--data", asked.data], "name a Hugging Face GPT-2 folder with --model"),
+        (["--data", "nowhere.jsonl", *model], "nowhere.jsonl: cannot be read"),
+        (["--data", asked.data, "--model", str(tmp_path)], f"{tmp_path}: has no model.safetensors"),
+        (["--data", asked.data, *model, "--max-length", "65"], "--max-length 65: model"),
+        (["--data", asked.data, *model, "--geometry-batch", "0"], "--geometry-batch 0: at least one is needed"),
+        (["--data", asked.data, *model, "--no-sft-first", "--sft.steps", "9"], "--sft.steps 9 has no effect"),
+    ]
+    for words, message in cases:
+        assert message in fail([*start, *words], main=preferences.main)
+        assert not (tmp_path / "out").exists()
+    short = write(tmp_path / "short.jsonl", range(2))
+    words = [*start, "--data", str(short), *model]
+    assert "short.jsonl:1 and after: 2 different prompts are too few to hold every 8th out" in fail(
+        words, main=preferences.main
+    )
+    assert not (tmp_path / "out").exists()
