@@ -54,9 +54,9 @@ def presets() -> dict[str, SentimentConfig]:
         model="tiny",
         vocab_size=1024,
         max_length=48,
-        base=StageConfig(600, 32, OptimizerConfig(learning_rate=3e-3), checkpoint_every=200),
+        base=StageConfig(1500, 32, OptimizerConfig(learning_rate=3e-3), checkpoint_every=250),
         sft=StageConfig(60, 32, OptimizerConfig(learning_rate=3e-3), checkpoint_every=60),
-        preference=StageConfig(120, 16, OptimizerConfig(learning_rate=2e-4), eval_every=10, checkpoint_every=60),
+        preference=StageConfig(120, 16, OptimizerConfig(learning_rate=5e-5), eval_every=10, checkpoint_every=60),
     )
     smoke = dataclasses.replace(
         embedded,

@@ -43,10 +43,13 @@ class SentimentCorpus(NamedTuple):
 def embedded_corpus(train: int = 2000, held_out: int = 512, text: int = 20_000, seed: int = 0) -> SentimentCorpus:
     """Write a corpus with the package's own grammar; nothing is downloaded.
 
+    Every second text says its tweet's sentiment: a small model learns none from bare tweets, while a pretrained one has
+    met it in its text. None of these tweets is in ``train`` or ``held_out``.
+
     Args:
       train: number of training tweets.
       held_out: number of held-out tweets.
-      text: number of further tweets, as language-model text.
+      text: number of further tweets, as language-model text, every second one with " Sentiment: " and its label.
       seed: seed of the grammar.
 
     Returns:
@@ -58,7 +61,10 @@ def embedded_corpus(train: int = 2000, held_out: int = 512, text: int = 20_000, 
       (8, 4, 20)
     """
     tweets = grammar.generate_tweets(train + held_out + text, seed, LABELS)
-    rest = [tweet.text for tweet in tweets[train + held_out :]]
+    rest = [
+        f"{tweet.text} Sentiment: {tweet.label}" if number % 2 else tweet.text
+        for number, tweet in enumerate(tweets[train + held_out :])
+    ]
     return SentimentCorpus(tweets[:train], tweets[train : train + held_out], rest)
 
 

@@ -17,6 +17,9 @@ def test_no_tweet_occurs_twice_across_the_parts_of_the_embedded_corpus():
     corpus = embedded_corpus(train=1000, held_out=300, text=500, seed=1)
     texts = [tweet.text for tweet in corpus.train + corpus.held_out] + corpus.text
     assert len(texts) == len(set(texts)) == 1800
+    bare = [text.split(" Sentiment: ")[0] for text in texts]  # half of the text says the label: of other tweets only
+    assert len(set(bare)) == 1800
+    assert sum(map(str.__ne__, bare, texts)) == 250
 
 
 def test_labels_are_balanced_and_named_as_asked():
