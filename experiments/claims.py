@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments import token_heatmap
-from experiments.run_tables import Runs, curve
+from experiments.run_tables import Runs, curve, spread
 
 
 class Verdict(NamedTuple):
@@ -41,19 +41,6 @@ def judge(holds: np.ndarray) -> str:
     if 0 < held < len(holds):
         return f"in {held} of {len(holds)} seeds"
     return ("shown" if held else "not shown") + (" (one seed)" if len(holds) == 1 else "")
-
-
-def spread(values: np.ndarray, unit: str = "") -> str:
-    """Mean and range over seeds.
-
-    Example:
-      >>> import numpy as np
-      >>> from experiments.claims import spread
-      >>> spread(np.array([1.0, 2.0]), "nats")
-      '+1.500 nats (+1.000 to +2.000)'
-    """
-    unit = f" {unit}" if unit else ""
-    return f"{values.mean():+.3f}{unit} ({values.min():+.3f} to {values.max():+.3f})"
 
 
 def paper_claims(runs: Runs, out: Path) -> list[Verdict]:

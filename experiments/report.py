@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from experiments import claims, figures
-from experiments.run_tables import Runs, curve, read_runs
+from experiments.run_tables import Runs, curve, read_runs, spread
 
 CASES = ("ideal", "both_fall", "both_rise", "reversed", "inactive")
 
@@ -56,28 +56,29 @@ def _head(runs: Runs) -> str:
 
 
 def _seen(runs: Runs) -> str:
-    columns = (
-        ("chosen", "eval/log_prob/chosen", True),
-        ("rejected", "eval/log_prob/rejected", True),
-        ("chosen on training pairs", "eval_train/log_prob/chosen", True),
-        ("accuracy", "eval/accuracy", False),
-        ("cosine", "eval/geometry/cosine", False),
-        ("condition ratio", "eval/geometry/condition_ratio", False),
-    )
+    changes = {
+        "chosen": "eval/log_prob/chosen",
+        "rejected": "eval/log_prob/rejected",
+        "chosen on training pairs": "eval_train/log_prob/chosen",
+    }
+    levels = {"cosine": "eval/geometry/cosine", "condition ratio": "eval/geometry/condition_ratio"}
     rows = []
     for name, seeds in runs.records.items():
-        cells = [name]
-        for _, metric, as_change in columns:
-            found = curve(seeds, metric)
-            first, last = (found.values[:, place].mean() for place in (0, -1))
-            cells.append(claims.spread(found.change()) if as_change else f"{first:.2f} to {last:.2f}")
-        rows.append("| " + " | ".join(cells) + " |")
-    head = "| set | " + " | ".join(title for title, *_ in columns) + " |"
+        cells = [spread(curve(seeds, metric).change()) for metric in changes.values()]
+        for metric in levels.values():
+            first, last = (curve(seeds, metric).values[:, place].mean() for place in (0, -1))
+            cells.append(f"{first:+.2f} to {last:+.2f}")
+        cells.append(f"{curve(seeds, 'eval/accuracy').values[:, -1].mean():.0%}")
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    titles = ["set", *changes, *levels, "accuracy"]
     text = (
-        "Held-out pairs, unless said otherwise: change of the log-probabilities in nats; accuracy (share of pairs whose "
-        "chosen response gained more on the reference), cosine and condition ratio, mean over seeds, first to last step."
+        "Held-out pairs, unless said otherwise: change of the log-probabilities in nats; cosine and condition ratio of the "
+        "gradients, first to last step; accuracy at the end, the share of pairs whose chosen response gained more on the "
+        "reference."
     )
-    return "\n".join(["## What was seen", "", text, "", head, "|---" * (len(columns) + 1) + "|", *rows])
+    return "\n".join(
+        ["## What was seen", "", text, "", "| " + " | ".join(titles) + " |", "|---" * len(titles) + "|", *rows]
+    )
 
 
 def _claims(runs: Runs, out: Path) -> str:

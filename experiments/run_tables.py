@@ -76,3 +76,17 @@ def curve(seeds: Iterable[list[dict[str, Any]]], metric: str) -> Curve:
     if not steps:
         raise UserError(f"no step of every run has the metric {metric}")
     return Curve(np.asarray(steps), np.asarray([[row[step] for step in steps] for row in rows], np.float64))
+
+
+def spread(values: np.ndarray, unit: str = "", *, signed: bool = True) -> str:
+    """Mean and range over seeds, in words; one seed's value alone.
+
+    Example:
+      >>> import numpy as np
+      >>> from experiments.run_tables import spread
+      >>> spread(np.array([1.0, 2.0]), "nats"), spread(np.array([0.5]), signed=False)
+      ('+1.500 nats (+1.000 to +2.000)', '0.500')
+    """
+    form = "+.3f" if signed else ".3f"
+    mean = f"{values.mean():{form}}" + (f" {unit}" if unit else "")
+    return mean if len(values) == 1 else f"{mean} ({values.min():{form}} to {values.max():{form}})"

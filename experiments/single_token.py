@@ -19,14 +19,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from entangle import losses
 from entangle.errors import UserError
 from entangle.training import RunFolder, read_metrics
 from experiments import command_line, pair_runs, stages
 from experiments.pair_config import identity
-from experiments.run_tables import curve
+from experiments.run_tables import curve, spread
 from experiments.sentiment_config import SentimentConfig
 from experiments.sentiment_config import presets as sentiment_presets
 from experiments.sentiment_data import gather
@@ -144,24 +142,17 @@ def _row(out: Path, variant: Variant, seeds: int) -> dict[str, object]:
     }
     for title, metric in COLUMNS:
         found = curve(records, metric)
-        row[title] = _spread(found.change())
+        row[title] = spread(found.change())
     for title, split in (("held-out", "eval"), ("training", "eval_train")):
         chosen = curve(records, f"{split}/log_prob/chosen").values
-        row[f"highest {title} chosen"] = _spread((chosen - chosen[:, :1]).max(1))
+        row[f"highest {title} chosen"] = spread((chosen - chosen[:, :1]).max(1))
     for title, metric in (
         ("accuracy", "eval/accuracy"),
         ("cosine", "eval/geometry/cosine"),
         ("ideal", "eval/case/ideal"),
     ):
-        row[title] = _spread(curve(records, metric).values[:, -1], signed=False)
+        row[title] = spread(curve(records, metric).values[:, -1], signed=False)
     return row
-
-
-def _spread(values: np.ndarray, signed: bool = True) -> str:
-    form = "+.3f" if signed else ".3f"
-    if len(values) == 1:
-        return f"{values[0]:{form}}"
-    return f"{values.mean():{form}} ({values.min():{form}} to {values.max():{form}})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
