@@ -67,7 +67,10 @@ class Materials(NamedTuple):
 
 
 def presets() -> dict[str, PreferencesConfig]:
-    """The named defaults: ``default`` has the stages of arXiv 2410.13828, ``smoke`` is there to see that all is in place.
+    """The named defaults.
+
+    ``default`` has the learning rates and batch sizes of arXiv 2410.13828 for GPT-2 sized models and larger (one epoch is
+    the data's affair: ``--preference.steps``); ``smoke`` takes a minute, to see that all is in place.
 
     Example:
       >>> from experiments.preferences import presets
