@@ -25,5 +25,5 @@ def require(extra: str, *modules: str) -> None:
     if missing:
         names = ", ".join(missing)
         raise MissingExtraError(
-            f'{names} not installed: it comes with the extra "{extra}", pip install -e ".[{extra}]"'
+            f'{names} not installed: it comes with the extra "{extra}": scripts/setup {extra}, or pip install -e ".[{extra}]"'
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +29,8 @@ class Verdict(NamedTuple):
     numbers: str
 
 
-def judge(holds: np.ndarray) -> str:
-    """Put a claim's outcomes, one a seed, into words.
+def judge(holds: np.ndarray, what: str = "seed") -> str:
+    """Put a claim's outcomes, one a seed (or another case), into words.
 
     Example:
       >>> import numpy as np
@@ -39,8 +40,8 @@ def judge(holds: np.ndarray) -> str:
     """
     held = int(np.sum(holds))
     if 0 < held < len(holds):
-        return f"in {held} of {len(holds)} seeds"
-    return ("shown" if held else "not shown") + (" (one seed)" if len(holds) == 1 else "")
+        return f"in {held} of {len(holds)} {what}s"
+    return ("shown" if held else "not shown") + (f" (one {what})" if len(holds) == 1 else "")
 
 
 def paper_claims(runs: Runs, out: Path) -> list[Verdict]:
@@ -131,14 +132,17 @@ def _tokens(runs: Runs, out: Path) -> list[Verdict]:
         if not file.exists():
             continue
         record = json.loads(file.read_text(encoding="utf-8"))
-        block = np.asarray(record["cosines"]["after SFT"])
-        same = np.asarray([block[i, i] for i in range(1, len(block))])
-        contrast = block[0, 0]
-        text = f"{name}: the contrasting tokens' gradients have a negative cosine"
-        numbers = f"{contrast:+.3f} after SFT, one pair"
-        verdicts.append(Verdict(text, "Figure 4b", judge(np.array([contrast < 0])), numbers))
-        if len(same):
-            text = f"{name}: identical tokens' gradients are close to parallel (mean cosine over 0.8)"
-            numbers = f"mean {same.mean():+.3f}, smallest {same.min():+.3f} after SFT, one pair"
-            verdicts.append(Verdict(text, "Figure 4b", judge(np.array([same.mean() > 0.8])), numbers))
+        blocks = {when: np.asarray(block) for when, block in record["cosines"].items()}
+        # from the right: the labels need not have the same number of tokens
+        ends = zip(reversed(record["chosen"]), reversed(record["rejected"]), strict=False)
+        count = sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], ends))
+        first = blocks["after SFT"]
+        text = f"{name}: the contrasting tokens' gradients have a negative cosine after SFT"
+        numbers = ", ".join(f"{block[0, 0]:+.3f} {when}" for when, block in blocks.items())
+        verdicts.append(Verdict(text, "Figure 4b", judge(np.array([first[0, 0] < 0]), "pair"), numbers))
+        if count:
+            same = {when: np.diagonal(block[::-1, ::-1])[:count].mean() for when, block in blocks.items()}
+            text = f"{name}: identical tokens' gradients are close to parallel after SFT (here: mean cosine over 0.8)"
+            numbers = ", ".join(f"mean {value:+.3f} {when}" for when, value in same.items())
+            verdicts.append(Verdict(text, "Figure 4b", judge(np.array([same["after SFT"] > 0.8]), "pair"), numbers))
     return verdicts

@@ -182,6 +182,7 @@ def _figures_4b(runs: Runs, out: Path, folder: Path) -> list[Path]:
 
 def _figure_4b(record: dict[str, Any], name: str, folder: Path) -> Path:
     panels = list(record["cosines"].items())
+    digits = 1 if len(record["chosen"]) > 4 else 2
     width = max(2.4, 1.6 + 0.42 * len(record["rejected"]))
     height = max(2.8, 1.6 + 0.36 * len(record["chosen"]))
     figure = Figure(figsize=(width * len(panels) + 0.8, height), layout="constrained")
@@ -193,10 +194,10 @@ def _figure_4b(record: dict[str, Any], name: str, folder: Path) -> Path:
             axes.text(
                 column,
                 row,
-                f"{round(value, 1) + 0.0:.1f}",
+                f"{round(value, digits) + 0.0:.{digits}f}",
                 ha="center",
                 va="center",
-                fontsize=6,
+                fontsize=6 if digits == 1 else 8,
                 color="white" if abs(value) > 0.6 else "black",
             )
         axes.set_xticks(range(values.shape[1]), record["rejected"], rotation=90, parse_math=False)

@@ -10,6 +10,9 @@ import tyro
 
 from entangle.training import OptimizerConfig, StageConfig
 
+NOT_EVALUATED = (("base.eval_every", "sft.eval_every"), "only preference optimisation is evaluated")
+"""Flags that every stage has and that change nothing, and why; for ``command_line.refuse_unused``."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PairConfig:
@@ -30,7 +33,7 @@ class PairConfig:
       sft: supervised fine-tuning on the chosen completions.
       preference: preference optimisation.
       data_dir: where TFDS keeps the prepared pair sets; by default its own folder.
-      track: mirror the runs in W&B: offline, or online when a key is configured.
+      track: whether the runs are mirrored in W&B: offline, or online when a key is configured.
     """
 
     out: Path = Path("runs/pairs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from entangle import losses, training
 from entangle.models import LanguageModel
@@ -21,23 +22,45 @@ def trackers(settings: PairConfig) -> stages.TrackerFactory:
     return training.WandbTracker if settings.track else lambda folder, config: training.NoTracker()
 
 
-def open_folder(settings: PairConfig, kind: str, reports: Mapping[str, Mapping[str, list[str]]]) -> RunFolder:
+def open_folder(
+    settings: PairConfig,
+    kind: str,
+    pairs: Mapping[str, stages.PreferenceData],
+    reports: Mapping[str, Mapping[str, list[str]]],
+) -> RunFolder:
     """Make or continue the experiment's folder, and say what became of the pairs.
 
     Args:
       settings: the configuration.
       kind: of experiment, part of the folder's identity.
+      pairs: pair set -> both splits; their digest is part of the identity too.
       reports: pair set -> split -> lines, printed and kept in ``pairs.json``.
 
     Raises:
-      UserError: the folder holds something else.
+      UserError: the folder holds something else, or the same flags on other data.
     """
-    experiment = RunFolder(settings.out, {"kind": kind, **identity(settings)})
-    training.write_json(settings.out / "pairs.json", reports)
+    digests = {name: stages.digest(*both.train[:2], *both.held_out[:2]) for name, both in pairs.items()}
+    experiment = RunFolder(settings.out, {"kind": kind, **identity(settings), "pairs": digests})
+    if not (settings.out / "pairs.json").exists():
+        training.write_json(settings.out / "pairs.json", reports)
     for name, splits in reports.items():
         for split, lines in splits.items():
             print(f"{name}, {split}: " + "\n".join(lines))
     return experiment
+
+
+def identities(
+    settings: PairConfig, pair_set: str, both: stages.PreferenceData, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What tells a pair set's runs of a seed from others, their stages apart: of SFT, and of preference optimisation."""
+    supervised = {"pair_set": pair_set, "seed": seed, "data": stages.digest(*both.train[:2])}
+    return supervised, {
+        **supervised,
+        "held_out": stages.digest(*both.held_out[:2]),
+        "objective": settings.objective,
+        "objective_args": settings.objective_args,
+        "pair_chain": settings.pair_chain,
+    }
 
 
 def run_all(
@@ -73,14 +96,12 @@ def run_all(
     for pair_set, both in pairs.items():
         for seed in range(settings.seeds):
             folder = settings.out / pair_set / f"seed{seed}"
-            named = {"pair_set": pair_set, "seed": seed, "data": stages.digest(*both.train[:2])}
+            supervised, preferred = identities(settings, pair_set, both, seed)
             start = base
             if sft_first:
-                start = stages.supervise(folder / "sft", model, sft, base, both.train, named, tracker)
-            named |= {"objective": settings.objective, "objective_args": settings.objective_args}
-            named |= {"pair_chain": settings.pair_chain, "held_out": stages.digest(*both.held_out[:2])}
+                start = stages.supervise(folder / "sft", model, sft, base, both.train, supervised, tracker)
             end = stages.prefer(
-                folder / "preference", preference, start, both, named, tracker, probe_pairs=settings.probe_pairs
+                folder / "preference", preference, start, both, preferred, tracker, probe_pairs=settings.probe_pairs
             )
             if seed == 0 and after is not None:
                 after(folder, both, start, end)

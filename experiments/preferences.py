@@ -21,7 +21,7 @@ from entangle import data
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, StageConfig
 from experiments import command_line, pair_data, pair_runs, stages
-from experiments.pair_config import PairConfig
+from experiments.pair_config import NOT_EVALUATED, PairConfig
 
 PAIR_SET = "preferences"
 
@@ -36,7 +36,7 @@ class PreferencesConfig(PairConfig):
       data: preference file, .jsonl or .jsonl.gz, one JSON object a line with prompt, chosen and rejected.
       held_out: a second file to evaluate on; without it every eighth prompt of --data is held out.
       model: local Hugging Face GPT-2 folder with its tokenizer.
-      sft_first: SFT on the chosen completions before; without it the checkpoint itself is start and reference.
+      sft_first: whether SFT on the chosen completions comes before; else the checkpoint itself is start and reference.
     """
 
     out: Path = Path("runs/preferences")
@@ -107,9 +107,15 @@ def gather(settings: PreferencesConfig) -> Materials:
     if settings.held_out:
         others, found = data.read_preferences(settings.held_out)
         lines += found.lines()
-    train, held_out = data.divide_by_prompt(records, others)
+    try:
+        train, held_out = data.divide_by_prompt(records, others)
+    except UserError as error:
+        raise UserError(f"{error} with --held-out ({lines[0]})") from None
     if others is not None:
         lines.append(f"{len(records) - len(train)} training pairs left out: their prompt is held out")
+    for flag, kept, most in (("train", train, settings.train_pairs), ("held-out", held_out, settings.held_out_pairs)):
+        if len(kept) > most:
+            lines.append(f"the first {most} of {len(kept)} {flag} pairs are taken (--{flag}-pairs)")
     pairs, report = pair_data.encode(
         settings,
         checkpoint.tokenizer,
@@ -132,7 +138,7 @@ def run(settings: PreferencesConfig) -> list[Path]:
       NonFiniteError: see ``training.train``.
     """
     checkpoint, pairs, lines = gather(settings)
-    experiment = pair_runs.open_folder(settings, PAIR_SET, {PAIR_SET: lines})
+    experiment = pair_runs.open_folder(settings, PAIR_SET, {PAIR_SET: pairs}, {PAIR_SET: lines})
     tracker = pair_runs.trackers(settings)
     pair_runs.run_all(
         settings, checkpoint.model, checkpoint.params, {PAIR_SET: pairs}, tracker, sft_first=settings.sft_first
@@ -146,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command_line.say_where(settings.out)
     if not settings.sft_first:
         command_line.refuse_unused(settings, presets()[settings.preset], ("sft",), "--no-sft-first leaves SFT out")
+    command_line.refuse_unused(settings, presets()[settings.preset], *NOT_EVALUATED)
     command_line.name_files(run(settings))
 
 

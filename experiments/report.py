@@ -85,7 +85,11 @@ def _claims(runs: Runs, out: Path) -> str:
     verdicts = claims.paper_claims(runs, out)
     shown = [v for v in verdicts if v.verdict.startswith("shown")]
     others = [f"- {v.verdict}: {v.claim}" for v in verdicts if v not in shown]
-    summary = f"{len(shown)} of {len(verdicts)} claims are shown." + (" The others:" if others else "")
+    counts = []
+    for place in dict.fromkeys(v.where for v in verdicts):
+        here = [v for v in verdicts if v.where == place]
+        counts.append(f"{place}: {sum(v in shown for v in here)} of {len(here)} shown")
+    summary = f"{'; '.join(counts)}." + (" Not shown in every seed:" if others else "")
     return "\n".join(["## Claims of arXiv 2410.13828", "", summary, "", *others, "", *_table("claim", verdicts)])
 
 
@@ -117,7 +121,11 @@ def _cases(runs: Runs) -> str:
         for when, place in (("first", 0), ("last", -1)):
             rows.append(f"| {name} | {when} | " + " | ".join(f"{s[place]:.0%}" for s in shares) + " |")
     head = ["| set | step | " + " | ".join(c.replace("_", " ") for c in CASES) + " |", "|---" * 7 + "|"]
-    text = "Share of held-out pairs in each case: what one plain gradient step on the pair alone would do to it."
+    text = "Share of held-out pairs in each case: what one plain gradient step on the pair alone would do to it"
+    chain = runs.config["pair_chain"]
+    text += ", its coefficients normalised." if chain == "pairwise_normalized" else "."
+    if chain == "normalized":
+        text += " The normalisation of the batch's two gradients is not in this."
     return "\n".join(["## Cases", "", text, "", *head, *rows])
 
 
@@ -135,6 +143,6 @@ def _provenance(out: Path) -> str:
     return (
         "## Where this comes from\n\n"
         f"Commit {environment['git_commit']}{changed}{more}; {packages}; Python {environment['python']}; "
-        f"devices {', '.join(environment['devices'])}. Configuration: config.json. "
-        "The plotted numbers are in figures/*.csv; each run's metrics.jsonl has every step."
+        f"devices {', '.join(environment['devices'])}. The plotted "
+        "numbers are in figures/*.csv; the run's own folder has config.json, and metrics.jsonl with every step of each run."
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from entangle import models
 from entangle.types import Params
 from experiments import command_line, pair_runs, stages, token_heatmap
+from experiments.pair_config import NOT_EVALUATED
 from experiments.sentiment_config import SentimentConfig, config, presets
 from experiments.sentiment_data import Materials, gather
 
@@ -38,7 +39,7 @@ def run(settings: SentimentConfig) -> list[Path]:
       NonFiniteError: see ``training.train``.
     """
     materials = gather(settings)
-    experiment = pair_runs.open_folder(settings, "sentiment", materials.report)
+    experiment = pair_runs.open_folder(settings, "sentiment", materials.pairs, materials.report)
     tracker = pair_runs.trackers(settings)
     count = 1 + 2 * len(settings.sets) * settings.seeds
     print(f"at most {count} runs: the base model, then SFT and preference optimisation for every set and seed")
@@ -66,6 +67,7 @@ def _base(settings: SentimentConfig, materials: Materials, tracker: stages.Track
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: ``python -m experiments.sentiment --help``."""
     settings = command_line.parse(presets(), arguments, description=(__doc__ or "").split("\n")[0])
+    command_line.refuse_unused(settings, presets()[settings.preset], *NOT_EVALUATED)
     if settings.model not in models.PRESETS:
         why = f"the base model is --model {settings.model}"
         command_line.refuse_unused(settings, presets()[settings.preset], ("base", "vocab_size"), why)

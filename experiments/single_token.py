@@ -23,7 +23,7 @@ from entangle import losses
 from entangle.errors import UserError
 from entangle.training import RunFolder, read_metrics
 from experiments import command_line, pair_runs, stages
-from experiments.pair_config import identity
+from experiments.pair_config import NOT_EVALUATED, identity
 from experiments.run_tables import curve, spread
 from experiments.sentiment_config import SentimentConfig
 from experiments.sentiment_config import presets as sentiment_presets
@@ -104,11 +104,13 @@ def run(settings: SentimentConfig) -> Path:
             geometry_batch=settings.geometry_batch,
         )
         for seed in range(settings.seeds):
-            named = {"pair_set": PAIR_SET, "seed": seed, "data": stages.digest(*pairs.train[:2])}
+            supervised, preferred = pair_runs.identities(settings, PAIR_SET, pairs, seed)
             folder = settings.out / f"sft{variant.sft_steps}" / f"seed{seed}"
-            start = stages.supervise(folder, materials.model, sft, materials.checkpoint, pairs.train, named, tracker)
+            start = stages.supervise(
+                folder, materials.model, sft, materials.checkpoint, pairs.train, supervised, tracker
+            )
             folder = settings.out / variant.name / f"seed{seed}"
-            stages.prefer(folder, program, start, pairs, named, tracker, probe_pairs=settings.probe_pairs)
+            stages.prefer(folder, program, start, pairs, preferred, tracker, probe_pairs=settings.probe_pairs)
     return write_table(settings.out, settings.seeds)
 
 
@@ -159,6 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: ``python -m experiments.single_token --help``."""
     settings = command_line.parse(presets(), arguments, description=(__doc__ or "").split("\n")[0])
     command_line.refuse_unused(settings, presets()[settings.preset], UNUSED, "this study sets it itself")
+    command_line.refuse_unused(settings, presets()[settings.preset], *NOT_EVALUATED)
     print(run(settings).read_text(encoding="utf-8"))
 
 

@@ -117,7 +117,9 @@ def preference_program(
         gradients, tx, stage.optimizer.schedule(stage.steps), training.probe_changes(model.log_probs)
     )
     held_out, seen = (
-        training.pair_diagnostics(model.log_probs, objective, with_geometry=full, batch_size=geometry_batch)
+        training.pair_diagnostics(
+            model.log_probs, objective, with_geometry=full, pair_rule=pair_rule, batch_size=geometry_batch
+        )
         for full in (True, False)
     )
 
@@ -129,7 +131,7 @@ def preference_program(
 
     return PreferenceProgram(
         Program(stage, tx, jax.jit(step)),
-        jax.jit(lambda params, pairs: training.score_pairs(model.log_probs, params, pairs)),
+        jax.jit(lambda params, pairs: training.score_pairs(model.log_probs, params, pairs, geometry_batch)),
         jax.jit(diagnose),
     )
 
@@ -148,12 +150,17 @@ def _finish(
     config = {**identity, "start": digest(*jax.tree.leaves(start)), "stage": dataclasses.asdict(program.stage)}
     run = RunFolder(folder, config)
     state = training.init_state(start, program.tx)
-    if run.done:
-        return training.final_params(folder, state)
     label = " ".join(str(identity[name]) for name in ("kind", "pair_set", "seed") if name in identity)
-    mirror = tracker(folder, config)
     return training.train(
-        run, state, step, batches, program.stage, evaluate=evaluate, tracker=mirror, label=label, sources=sources
+        run,
+        state,
+        step,
+        batches,
+        program.stage,
+        evaluate=evaluate,
+        tracker=lambda: tracker(folder, config),
+        label=label,
+        sources=sources,
     ).params
 
 

@@ -74,3 +74,14 @@ def test_a_missing_extra_is_named(part, module):
     done = run(f"{hide}\nimport entangle.{part}")
     assert done.returncode != 0
     assert f'MissingExtraError: {module} not installed: it comes with the extra "train"' in done.stderr
+
+
+def test_an_experiment_without_its_extra_ends_in_one_line():
+    hide = (
+        "import importlib.util as u, sys; f = u.find_spec; "
+        "u.find_spec = lambda n, *a: None if n == 'tyro' else f(n, *a); sys.argv = ['-m']; "
+    )
+    done = run(f"{hide}import experiments")
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: tyro not installed: it comes with the extra "train": scripts/setup train')
+    assert done.stderr.count("\n") == 1

@@ -107,7 +107,7 @@ def prepare_pairs(name: str, splits: Mapping[str, Sequence[PreferenceRecord]], d
       The prepared data set.
 
     Raises:
-      UserError: no splits, an empty split, or a name that is no file name.
+      UserError: no splits, an empty split, a name that is no file name, or a folder that cannot be written.
 
     Example:
       >>> import tempfile
@@ -127,10 +127,10 @@ def prepare_pairs(name: str, splits: Mapping[str, Sequence[PreferenceRecord]], d
         builder = PreferencePairs(name, splits, data_dir)
         try:
             builder.download_and_prepare()
-        except OSError:
+        except OSError as error:
             # another process that prepares the same records may have been first; renaming then fails, its files serve
             if not builder.data_path.exists():
-                raise
+                raise UserError(f"{data_dir}: pair set {name!r} cannot be stored there ({error})") from error
             builder = PreferencePairs(name, splits, data_dir)
     return builder
 

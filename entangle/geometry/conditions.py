@@ -112,7 +112,7 @@ def condition_2(geometry: PairGeometry, d_w: jax.Array, d_l: jax.Array) -> tuple
 
 
 def case_of(geometry: PairGeometry, d_w: jax.Array, d_l: jax.Array) -> jax.Array:
-    """The case of every pair, as int32 values of :class:`Case`.
+    """The case of every pair, as int32 values of :class:`Case`; -1, which is none of them, where a number is not one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -121,13 +121,15 @@ def case_of(geometry: PairGeometry, d_w: jax.Array, d_l: jax.Array) -> jax.Array
       >>> geometry.Case(int(geometry.case_of(s, jnp.array(1.0), jnp.array(1.0)))).name
       'BOTH_FALL'
     """
-    chosen_holds, rejected_holds = condition_2(geometry, d_w, d_l)
+    change = predicted_changes(geometry, d_w, d_l)
+    chosen_holds, rejected_holds = change.chosen >= 0, change.rejected <= 0
     case = jnp.where(
         chosen_holds,
         jnp.where(rejected_holds, Case.IDEAL, Case.BOTH_RISE),
         jnp.where(rejected_holds, Case.BOTH_FALL, Case.REVERSED),
     )
-    return jnp.where((d_w == 0) & (d_l == 0), Case.INACTIVE, case).astype(jnp.int32)
+    case = jnp.where((d_w == 0) & (d_l == 0), Case.INACTIVE, case)
+    return jnp.where(jnp.isnan(change.chosen) | jnp.isnan(change.rejected), -1, case).astype(jnp.int32)
 
 
 def _safe_ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:

@@ -127,6 +127,7 @@ def dpop(lp: PairLogProbs, beta: float = 0.1, penalty: float = 50.0) -> jax.Arra
     """DPO-Positive: ``-log s(beta (r_w - r_l - lambda max(0, -r_w)))``, the penalty inside the sigmoid as in the paper.
 
     Coefficients: ``d_l = beta s(-(the argument))``, ``d_w = d_l (1 + lambda 1[r_w < 0])``; at ``r_w = 0`` the indicator is 0.
+    A policy that is its own reference lies on that kink, where rounding decides unless both are scored by one program.
 
     Args:
       lp: pair log-probabilities, fields ``[B]``.

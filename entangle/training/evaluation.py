@@ -8,12 +8,12 @@ import jax
 
 from entangle import geometry, losses
 from entangle.losses import Objective
-from entangle.training.gradients import PreferenceExamples, pair_log_probs, reward_scale
+from entangle.training.gradients import PairRule, PreferenceExamples, pair_log_probs, reward_scale
 from entangle.training.metrics import Metrics, geometry_metrics, likelihood_metrics
 from entangle.types import LogProbFn, PairBatch, Params
 
 
-def score_pairs(log_prob_fn: LogProbFn, params: Params, pairs: PairBatch, batch_size: int = 32) -> jax.Array:
+def score_pairs(log_prob_fn: LogProbFn, params: Params, pairs: PairBatch, batch_size: int = 8) -> jax.Array:
     """Log-probabilities of any number of pairs; memory follows batch_size.
 
     Args:
@@ -42,7 +42,12 @@ def score_pairs(log_prob_fn: LogProbFn, params: Params, pairs: PairBatch, batch_
 
 
 def pair_diagnostics(
-    log_prob_fn: LogProbFn, objective: Objective, *, with_geometry: bool = True, batch_size: int = 8
+    log_prob_fn: LogProbFn,
+    objective: Objective,
+    *,
+    with_geometry: bool = True,
+    pair_rule: PairRule | None = None,
+    batch_size: int = 8,
 ) -> Callable[[Params, PreferenceExamples, jax.Array], Metrics]:
     """Everything that is logged about a batch, for every pair of a set: log-probabilities, rewards, geometry, cases.
 
@@ -50,7 +55,10 @@ def pair_diagnostics(
       log_prob_fn: the policy.
       objective: whose coefficients are taken.
       with_geometry: look at the gradients too, which costs about three times as much as the log-probabilities do.
-      batch_size: pairs at a time in the scans.
+      pair_rule: per-pair rule on the coefficients, as in ``preference_gradients``: ``coefficient/...`` are before it,
+        ``predicted/...`` and ``case/...`` after it.
+      batch_size: pairs at a time in the scans. Scores from ``score_pairs`` at the same size are bitwise the same, so a
+        policy that is its own reference has log-ratios of exactly 0.
 
     Returns:
       A function of params, N examples and the learning rate of the predictions to name -> ``[N]`` arrays, under the
@@ -76,7 +84,7 @@ def pair_diagnostics(
         metrics = likelihood_metrics(lp, loss, d, scale)
         if with_geometry:
             s = geometry.pair_geometry(log_prob_fn, params, examples.pairs, batch_size=batch_size)
-            metrics |= geometry_metrics(s, d, learning_rate)
+            metrics |= geometry_metrics(s, d if pair_rule is None else pair_rule(d, s), learning_rate)
         return metrics
 
     return diagnostics

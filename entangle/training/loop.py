@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from entangle.errors import NonFiniteError
+from entangle.errors import NonFiniteError, UserError
 from entangle.training.checkpoints import Checkpoints
 from entangle.training.run_folder import RunFolder
 from entangle.training.stage import StageConfig
@@ -44,9 +44,13 @@ def _check_finite(pending: _Pending, checkpoints: Checkpoints, sources: Sequence
     index = np.asarray(pending.index)
     culprits = ", ".join(f"{i} ({sources[i]})" if sources else str(i) for i in (index[rows] if rows.size else index))
     whose = "examples" if rows.size else "no single loss is to blame; examples of the batch:"
+    names = " and ".join(bad)
+    raise NonFiniteError(f"step {pending.step}: {names} not finite; {whose} {culprits}; {_last_good(checkpoints)}")
+
+
+def _last_good(checkpoints: Checkpoints) -> str:
     last = checkpoints.latest
-    good = f"last good checkpoint: {checkpoints.folder / str(last)}" if last is not None else "no checkpoint yet"
-    raise NonFiniteError(f"step {pending.step}: {' and '.join(bad)} not finite; {whose} {culprits}; {good}")
+    return f"last good checkpoint: {checkpoints.folder / str(last)}" if last is not None else "no checkpoint yet"
 
 
 class _Recorder:
@@ -90,7 +94,7 @@ def train(
     stage: StageConfig,
     *,
     evaluate: Callable[[Params], Mapping[str, jax.Array]] | None = None,
-    tracker: Tracker | None = None,
+    tracker: Callable[[], Tracker] = NoTracker,
     label: str = "",
     sources: Sequence[str] | None = None,
 ) -> TrainState:
@@ -103,10 +107,10 @@ def train(
       run: the run folder.
       state: state at step 0.
       step_fn: the jitted step.
-      batches: stream of (batch, example indices).
+      batches: stream of (batch, example indices), as it is before the first step: a new one for every call.
       stage: how long, how often.
       evaluate: parameters to metrics (scalars); logged as they are named, ``eval/...`` by custom.
-      tracker: mirror of the metrics; closed at the end.
+      tracker: makes the mirror of the metrics, once the folder is this process's own; closed at the end.
       label: what the progress bar says.
       sources: where each example came from, by index, e.g. "train.jsonl:17"; errors then say so.
 
@@ -114,8 +118,10 @@ def train(
       The final state.
 
     Raises:
-      UserError: another process is training in this folder.
-      NonFiniteError: a loss or an update is not finite; the step, the examples and the last good checkpoint are named.
+      UserError: another process is training in this folder, or the run is done and its last checkpoint is missing or of
+        another number of steps.
+      NonFiniteError: a loss, an update or an evaluation is not finite; the step, the examples and the last good
+        checkpoint are named.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, numpy as np
@@ -135,15 +141,19 @@ def train(
         stack.enter_context(run.locked())
         checkpoints = Checkpoints(run.path / "checkpoints")
         stack.callback(checkpoints.close)
-        recorder = _Recorder(run, checkpoints, tracker or NoTracker(), sources)
+        if run.done:
+            state, _ = checkpoints.restore(state)
+            if int(state.step) != stage.steps:
+                raise UserError(f"{run.path}: the run is done after {int(state.step)} steps, not {stage.steps}")
+            return state
+        recorder = _Recorder(run, checkpoints, tracker(), sources)
         stack.callback(recorder.tracker.close)
         if checkpoints.latest is not None:
             state, position = checkpoints.restore(state)
             batches.set_state(position)
         run.rewind(int(state.step) or -1)  # step 0 has an evaluation, which is made again too
         state = _steps(state, step_fn, batches, stage, evaluate, recorder, label)
-        if not run.done:
-            run.mark_done({"step": stage.steps, "metrics": recorder.last or _last_metrics(run)})
+        run.mark_done({"step": stage.steps, "metrics": recorder.last or _last_metrics(run)})
     return state
 
 
@@ -163,7 +173,11 @@ def _steps(
 
     def look(step: int) -> None:
         if evaluate is not None and due(step, stage.eval_every):
-            recorder.write([{"step": step, **_scalars(evaluate(state.params))}])
+            found = _scalars(evaluate(state.params))
+            if bad := [name for name, value in found.items() if not math.isfinite(value)]:
+                good = _last_good(recorder.checkpoints)
+                raise NonFiniteError(f"step {step}: {', '.join(bad[:3])} not finite in the evaluation; {good}")
+            recorder.write([{"step": step, **found}])
 
     if start == 0:
         look(0)

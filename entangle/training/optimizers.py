@@ -64,13 +64,17 @@ class OptimizerConfig:
     clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse an unknown name."""
+        """Refuse an unknown name, and numbers that would climb, freeze or silently not clip."""
         if self.name not in OPTIMIZERS:
             raise UserError(f"unknown optimizer {self.name!r}: choose one of {', '.join(sorted(OPTIMIZERS))}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise UserError(f"learning rate {self.learning_rate}: it must be positive")
         if not 0 <= self.warmup_fraction <= 1:
             raise UserError(f"warm-up fraction {self.warmup_fraction}: it must be from 0 to 1")
+        for name in ("final_fraction", "weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{name.replace('_', ' ')} {value}: it must be 0 or more")
 
     def schedule(self, steps: int) -> optax.Schedule:
         """Learning rate as a function of the step, for a run of that many steps.

@@ -103,12 +103,15 @@ class RunFolder:
           config: JSON-able configuration that identifies the run.
 
         Raises:
-          UserError: the path is a file, holds other files, or holds another configuration's run.
+          UserError: the path is a file or cannot be made, holds other files, or holds another configuration's run.
         """
         self.path = Path(path)
         config = json.loads(json.dumps(config))
         check_folder(self.path, config)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be made ({error.strerror})") from None
         if not self.done:
             self._record_environment()
         if not (self.path / CONFIG).exists():

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from entangle import data, models, training
+from entangle.errors import UserError
 from entangle.types import PairBatch
 from experiments import preferences
 from experiments.preferences import presets
@@ -93,7 +94,12 @@ def test_a_held_out_file_takes_its_prompts_from_training(finished, tmp_path):
     asked, _ = finished
     test = write(tmp_path / "test.jsonl", range(0, 64, 8))
     found = preferences.gather(dataclasses.replace(asked, held_out=str(test)))
-    assert found.report["files"][-1] == "8 training pairs left out: their prompt is held out"
+    assert "8 training pairs left out: their prompt is held out" in found.report["files"]
+    few = preferences.gather(dataclasses.replace(asked, train_pairs=20))
+    assert few.report["files"][-2:] == [
+        "the first 20 of 56 train pairs are taken (--train-pairs)",
+        "the first 6 of 8 held-out pairs are taken (--held-out-pairs)",
+    ]
     assert {source.split(":")[0] for source in found.pairs.held_out.sources} == {"test.jsonl"}
 
 
@@ -124,6 +130,23 @@ def test_geometry_does_not_depend_on_how_many_pairs_are_held_at_a_time(finished,
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6)
 
 
+def test_a_policy_that_is_its_own_reference_has_log_ratios_of_exactly_zero(finished):
+    first = training.read_metrics(finished[0].out / "preferences" / "seed0" / "preference")[0]
+    for split in ("eval", "eval_train"):
+        assert [first[f"{split}/log_ratio/{side}"] for side in ("chosen", "rejected")] == [0.0, 0.0]
+
+
+def test_other_data_under_the_same_name_is_refused_and_nothing_changes(finished, checkpoint, tmp_path):
+    file = write(tmp_path / "pairs.jsonl", range(64))
+    asked = settings(tmp_path / "out", file, checkpoint)
+    preferences.run(asked)
+    before = {p: p.read_bytes() for p in asked.out.rglob("*") if p.is_file()}
+    write(file, range(8, 64))
+    with pytest.raises(UserError, match=r"holds a run of another configuration: pairs\.preferences is"):
+        preferences.run(asked)
+    assert before == {p: p.read_bytes() for p in asked.out.rglob("*") if p.is_file()}
+
+
 def test_bad_input_ends_in_one_line(finished, checkpoint, tmp_path, fail):
     asked, _ = finished
     start = ["--preset", "smoke", "--max-length", "64", "--out", str(tmp_path / "out")]
@@ -142,7 +165,7 @@ def test_bad_input_ends_in_one_line(finished, checkpoint, tmp_path, fail):
         assert not (tmp_path / "out").exists()
     short = write(tmp_path / "short.jsonl", range(2))
     words = [*start, "--data", str(short), *model]
-    assert "short.jsonl:1 and after: 2 different prompts are too few to hold every 8th out" in fail(
-        words, main=preferences.main
-    )
+    error = fail(words, main=preferences.main)
+    assert "short.jsonl:1 and after: 2 different prompts are too few to hold every 8th out" in error
+    assert error.endswith("name a held-out file with --held-out (short.jsonl: 2 of 2 lines read, 0 bad)")
     assert not (tmp_path / "out").exists()

@@ -198,6 +198,10 @@ def tweeteval(folder, labels="0\n2\n" * 8, mapping="0\tnegative\n1\tneutral\n2\t
         (["--label-words", "good", "not good"], "label ' not good' is 2 tokens"),
         (["--preset", "paper"], "--preset paper: name real data"),
         (["--base.optimizer.learning-rate", "nan"], "learning rate nan"),
+        (["--sft.optimizer.final-fraction", "-1"], "final fraction -1.0: it must be 0 or more"),
+        (["--preference.optimizer.clip-norm", "nan"], "clip norm nan"),
+        (["--max-length", "0"], "--max-length 0: at least one is needed"),
+        (["--train-pairs", "-5"], "--train-pairs -5: at least one is needed"),
         (["--preference.optimizer.name", "adagrad"], "unknown optimizer 'adagrad'"),
     ],
 )
@@ -210,6 +214,7 @@ def test_bad_flags_end_in_one_line(words, message, fail, tmp_path):
     ("main", "words", "message"),
     [
         (sentiment.main, ["--base.steps", "7"], "--base.steps 7 has no effect: the base model is --model"),
+        (sentiment.main, ["--sft.eval-every", "5"], "--sft.eval-every 5 has no effect: only preference optimisation"),
         (sentiment.main, ["--vocab-size", "999"], "--vocab-size 999 has no effect"),
         (single_token.main, ["--sets", "long_suffix"], "--sets long_suffix has no effect: this study sets it itself"),
         (single_token.main, ["--sft.steps", "9"], "--sft.steps 9 has no effect"),

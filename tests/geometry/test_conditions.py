@@ -117,6 +117,11 @@ def test_a_gradient_that_is_not_finite_is_not_reported_as_zero():
     assert bool(jnp.isnan(geometry.condition_ratio(s))[0])
 
 
+def test_a_gradient_that_is_not_finite_has_no_case():
+    s = PairGeometry(jnp.array([jnp.nan, 1.0]), jnp.array([1.0, 1.0]), jnp.array([0.0, 0.0]))
+    assert geometry.case_of(s, jnp.ones(2), jnp.ones(2)).tolist() == [-1, geometry.Case.IDEAL]
+
+
 def test_ratios_have_finite_derivatives_at_a_zero_gradient():
     zero = PairGeometry(*(jnp.zeros(()) for _ in range(3)))
     slopes = jax.grad(geometry.condition_ratio)(zero)

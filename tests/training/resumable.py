@@ -28,8 +28,8 @@ def encoded():
     return data.EncodedPairs(tokens, mask, [f"pair:{i}" for i in range(len(tokens))])
 
 
-def main(folder, seconds=0.0, tracker=None, poison=None):
-    """Train; slow down every step by some seconds; make one pair's reference log-probability infinite."""
+def main(folder, seconds=0.0, tracker=training.NoTracker, poison=None, stop_at=None):
+    """Train; slow every step down; make one pair's reference log-probability NaN; raise instead of making a step."""
     stage = training.StageConfig(STEPS, 4, training.OptimizerConfig(learning_rate=0.02), 6, 5, 3)
     tx = stage.optimizer.build(stage.steps, transforms.combine_pair(transforms.margin()))
     gradients = training.preference_gradients(log_probs, dpo)
@@ -47,6 +47,8 @@ def main(folder, seconds=0.0, tracker=None, poison=None):
 
     def step(state, batch):
         time.sleep(seconds)
+        if int(state.step) + 1 == stop_at:
+            raise KeyboardInterrupt
         return jitted(state, batch, probe)
 
     def evaluate(params):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from entangle import losses, transforms
+from entangle.training.evaluation import pair_diagnostics
 from entangle.training.gradients import (
     PAIR_CHAINS,
     PreferenceExamples,
@@ -12,6 +13,7 @@ from entangle.training.gradients import (
     preference_gradients,
     reward_scale,
 )
+from entangle.training.metrics import means
 from tests.toy import MODELS, draw_pairs, draw_params, flatten, row_gradients
 
 MLP = MODELS["mlp"]
@@ -129,6 +131,18 @@ def test_pair_chains_give_the_descent_gradient_of_their_formula(chain, expected)
     np.testing.assert_allclose(
         flatten(update), expected(d, row_gradients(MLP, params, examples.pairs)), rtol=1e-9, atol=1e-12
     )
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("chain", PAIR_CHAINS)
+def test_evaluation_gives_the_same_diagnostics_as_the_step(chain):
+    params, examples = _examples()
+    rule = PAIR_CHAINS[chain][1]
+    step = preference_gradients(MLP, losses.cpo, pair_rule=rule)(params, examples, RATE).metrics
+    found = means(pair_diagnostics(MLP, losses.cpo, pair_rule=rule)(params, examples, RATE))
+    assert set(step) - set(found) == {"learning_rate"}
+    for name, value in found.items():
+        np.testing.assert_allclose(value, step[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_a_pair_rule_without_geometry_is_refused():

@@ -1,4 +1,5 @@
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from entangle import training
-from entangle.errors import NonFiniteError
+from entangle.errors import NonFiniteError, UserError
 from entangle.training.checkpoints import Checkpoints
+from entangle.training.step import StepResult
 from tests.training import resumable
 
 
@@ -44,21 +46,45 @@ def test_training_lowers_the_loss(whole):
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
+@pytest.mark.parametrize("stop_at", [1, 4, 6, 13, 24])  # before and after the first checkpoint, which is at 5
+def test_stopped_and_started_again_it_is_bitwise_equal(stop_at, whole, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        resumable.main(folder, stop_at=stop_at)
+    assert Checkpoints(folder / "checkpoints").latest == ((stop_at - 1) // 5 * 5 or None)
+    state = resumable.main(folder)
+    assert records(folder) == records(whole[0])
+    assert same(state, whole[1])
+
+
+def lines(folder):
+    file = folder / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
 def test_killed_at_random_moments_it_continues_bitwise_equal(whole, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, str(Path(resumable.__file__)), str(folder), "0.05"]
     seed = time.time_ns()
     print(f"seed {seed}")  # shown when the test fails
     rng = random.Random(seed)
-    kills = 0
-    while not (folder / "done.json").exists():
+    for kill in ("while it starts", "while it steps", None):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        if kills < 2:
-            time.sleep(rng.uniform(0.0, 3.0) if kills == 0 else 3.0 + rng.uniform(0.0, 3.0))
+        if kill == "while it starts":
+            time.sleep(rng.uniform(0.0, 3.0))
+        elif kill == "while it steps":
+            written = rng.randrange(7, 17)  # the first checkpoint, at step 5, is behind it; the last step is not
+            while process.poll() is None and lines(folder) < written:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0.0, 0.1))
+            assert process.poll() is None
+        if kill:
             process.send_signal(signal.SIGKILL)
-            kills += 1
         error = process.communicate()[1].decode()
-        assert process.returncode in (0, -signal.SIGKILL), error
+        assert process.returncode == (-signal.SIGKILL if kill else 0), error
+        if kill == "while it steps":
+            assert 5 <= Checkpoints(folder / "checkpoints").latest < 24
+    assert (folder / "done.json").exists()
     expected, final = whole
     assert records(folder) == records(expected)
     restored = training.final_params(folder, jax.eval_shape(lambda: final))
@@ -71,6 +97,49 @@ def test_a_done_run_is_not_run_again(whole):
     again = resumable.main(folder)
     assert same(again, state)
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_done_run_without_its_checkpoint_keeps_its_metrics(tmp_path):
+    folder = tmp_path / "run"
+    resumable.main(folder)
+    shutil.rmtree(folder / "checkpoints")
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        resumable.main(folder)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_folder_in_use_gets_no_second_mirror(tmp_path):
+    opened = []
+    run = training.RunFolder(tmp_path / "run", {"seed": 3})
+    with run.locked(), pytest.raises(UserError, match="another process is training in this folder"):
+        resumable.main(tmp_path / "run", tracker=lambda: opened.append(1) or training.NoTracker())
+    assert not opened
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path):
+    stage = training.StageConfig(4, 1, training.OptimizerConfig("sgd"), eval_every=2, checkpoint_every=1)
+    tx = stage.optimizer.build(4)
+    run = training.RunFolder(tmp_path / "run", {})
+
+    class Ones:
+        def __next__(self):
+            return 1.0, np.array([0])
+
+        def get_state(self):
+            return {}
+
+    def step(state, batch):
+        return state._replace(step=state.step + 1), StepResult({"loss": np.ones(())}, np.ones(1))
+
+    def evaluate(params):
+        return {"eval/fine": 1.0, "eval/margin": np.nan if (run.path / "metrics.jsonl").stat().st_size > 100 else 0.0}
+
+    with pytest.raises(
+        NonFiniteError, match=r"step 2: eval/margin not finite in the evaluation; last good checkpoint: "
+    ):
+        training.train(run, training.init_state(np.zeros(1), tx), step, Ones(), stage, evaluate=evaluate)
+    assert "NaN" not in (run.path / "metrics.jsonl").read_text()
 
 
 def test_a_non_finite_loss_names_step_pairs_and_checkpoint(tmp_path):
@@ -100,6 +169,6 @@ class Memory:
 
 def test_the_tracker_mirrors_the_file(tmp_path):
     memory = Memory()
-    resumable.main(tmp_path / "run", tracker=memory)
+    resumable.main(tmp_path / "run", tracker=lambda: memory)
     assert memory.rows == training.read_metrics(tmp_path / "run")
     assert memory.closed
