@@ -65,9 +65,9 @@ def presets() -> dict[str, SentimentConfig]:
         seeds=1,
         train_pairs=512,
         held_out_pairs=32,
-        base=StageConfig(60, 32, OptimizerConfig(learning_rate=3e-3), checkpoint_every=60),
-        sft=StageConfig(40, 32, OptimizerConfig(learning_rate=3e-3), checkpoint_every=40),
-        preference=StageConfig(30, 16, OptimizerConfig(learning_rate=2e-4), eval_every=10, checkpoint_every=15),
+        base=dataclasses.replace(embedded.base, steps=60, checkpoint_every=60),
+        sft=dataclasses.replace(embedded.sft, steps=40, checkpoint_every=40),
+        preference=dataclasses.replace(embedded.preference, steps=30, checkpoint_every=15),
     )
     paper = dataclasses.replace(
         default,
