@@ -77,7 +77,7 @@ def refuse_unused(settings: Any, default: Any, names: Sequence[str], why: str) -
     """
     given, usual = (dict(_leaves(dataclasses.asdict(x))) for x in (settings, default))
     for name, value in given.items():
-        if value != usual[name] and any(f"{name}.".startswith(f"{group}.") for group in names):
+        if value != usual.get(name) and any(f"{name}.".startswith(f"{group}.") for group in names):
             words = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise UserError(f"--{name.replace('_', '-')} {words} has no effect: {why}")
 
