@@ -4,7 +4,7 @@ Claim: the chosen log-probability rises only when the responses differ in their 
 entangle the two gradients, and the chosen log-probability falls, the more the longer the suffix (arXiv 2410.13828, 4.3).
 
 Command: ``python -m experiments.sentiment --data FOLDER --out DIR`` (a folder in TweetEval's layout; default: embedded).
-Hardware and time: two CPU cores, shared with other jobs: 25 minutes for the base model, then an hour for three seeds.
+Hardware and time: two CPU cores, shared with other jobs: ten minutes for the base model, then forty for three seeds.
 Result: experiments/results/sentiment_tweets/report.md (real tweets), experiments/results/sentiment_embedded/report.md.
 """
 
