@@ -1,9 +1,11 @@
 """The whole experiment killed at random moments, and started again by the same command, against one left alone."""
 
+import contextlib
 import random
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -39,24 +41,25 @@ def texts(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_killed_and_started_again_is_as_if_never_stopped(seed, tmp_path):
+def test_killed_and_started_again_is_as_if_never_stopped(tmp_path):
     whole, killed, data_dir = tmp_path / "whole", tmp_path / "killed", tmp_path / "tfds"
+    start = time.monotonic()
     subprocess.run(command(whole, data_dir), check=True, capture_output=True)
-    rng, kills = random.Random(seed), 0
-    for _ in range(200):
+    seconds = time.monotonic() - start
+    seed = time.time_ns()
+    print(f"seed {seed}")  # shown when the test fails
+    rng = random.Random(seed)
+    kills = 0
+    while not (killed / "done.json").exists():
         process = subprocess.Popen(command(killed, data_dir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        try:
-            process.wait(timeout=rng.uniform(6, 25))
-        except subprocess.TimeoutExpired:
+        if kills < 5:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=rng.uniform(0.1, 0.9) * seconds)
             process.kill()
             kills += 1
         error = process.communicate()[1].decode()
         assert process.returncode in (0, -signal.SIGKILL), error
-        if process.returncode == 0:
-            break
     assert kills > 0
-    assert (killed / "done.json").exists()
     assert len(records(whole)) == 5  # the base model, and SFT and preferences for each of two seeds
     assert records(killed) == records(whole)
     assert texts(killed) == texts(whole)
