@@ -107,6 +107,7 @@ def encode(
     held_out: Sequence[PreferenceRecord],
     *,
     add_eos: bool,
+    trained: Sequence[str] = ("sft", "preference"),
 ) -> tuple[stages.PreferenceData, dict[str, list[str]]]:
     """Store both splits through TFDS and encode them.
 
@@ -119,6 +120,7 @@ def encode(
       train: training pairs.
       held_out: pairs that are only looked at.
       add_eos: whether completions end with the end-of-text token.
+      trained: the stages that take batches of the training pairs.
 
     Returns:
       Both splits, and split -> lines that tell what became of its pairs.
@@ -133,7 +135,7 @@ def encode(
         stored = data.load_pairs(prepared, split)
         encoded[split], found = data.encode_pairs(stored, tokenizer, settings.max_length, add_eos=add_eos)
         lines[split] = found.lines()
-    for stage in ("sft", "preference"):
+    for stage in trained:
         check_size(stage, getattr(settings, stage), len(encoded["train"].tokens), "training pairs")
     count = len(encoded["held_out"].tokens)
     if count < settings.probe_pairs:

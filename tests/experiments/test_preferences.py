@@ -105,7 +105,8 @@ def test_a_held_out_file_takes_its_prompts_from_training(finished, tmp_path):
 
 def test_without_sft_the_checkpoint_itself_is_the_start(finished, tmp_path):
     asked, _ = finished
-    asked = dataclasses.replace(asked, out=tmp_path / "out", sft_first=False)
+    too_large = dataclasses.replace(asked.sft, batch_size=999)  # SFT is left out, so its batch size does not matter
+    asked = dataclasses.replace(asked, out=tmp_path / "out", sft_first=False, sft=too_large)
     preferences.run(asked)
     assert sorted(p.name for p in (asked.out / "preferences" / "seed0").iterdir()) == ["preference"]
     _, params = models.load_gpt2(asked.model)
