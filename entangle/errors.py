@@ -14,3 +14,7 @@ class MissingExtraError(ImportError):
 
 class NonFiniteError(FloatingPointError):
     """Training met a NaN or an infinity; the message names the step, the pairs and the last good checkpoint."""
+
+
+class UnsupportedModelError(UserError):
+    """A model does something for which no exact short form of the geometry is known; the message names the parameter."""

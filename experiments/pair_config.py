@@ -29,7 +29,7 @@ class PairConfig:
       train_pairs: at most so many training pairs.
       held_out_pairs: at most so many held-out pairs; all are evaluated.
       probe_pairs: held-out pairs on which predicted and realised changes are compared at every step.
-      geometry_batch: pairs whose gradients are held at a time for the exact geometry: two copies of the parameters each.
+      eval_batch: pairs at a time in scores and evaluations; less takes less memory.
       sft: supervised fine-tuning on the chosen completions.
       preference: preference optimisation.
       data_dir: where TFDS keeps the prepared pair sets; by default its own folder.
@@ -46,7 +46,7 @@ class PairConfig:
     train_pairs: int = 8192
     held_out_pairs: int = 128
     probe_pairs: int = 16
-    geometry_batch: int = 8
+    eval_batch: int = 8
     sft: StageConfig = StageConfig(100, 32, OptimizerConfig(learning_rate=1e-3), checkpoint_every=100)
     preference: StageConfig = StageConfig(
         120, 32, OptimizerConfig(learning_rate=2e-5), eval_every=20, checkpoint_every=40

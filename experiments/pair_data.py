@@ -46,7 +46,7 @@ def check(settings: PairConfig) -> None:
     losses.get_objective(settings.objective, **settings.objective_args)
     if settings.pair_chain not in training.PAIR_CHAINS:
         raise UserError(f"unknown pair chain {settings.pair_chain!r}: choose one of {', '.join(training.PAIR_CHAINS)}")
-    for name in ("seeds", "geometry_batch", "max_length", "train_pairs", "held_out_pairs"):
+    for name in ("seeds", "eval_batch", "max_length", "train_pairs", "held_out_pairs"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least one is needed")
     if settings.preference.eval_every < 1:

@@ -108,7 +108,7 @@ def run(settings: SentimentConfig) -> Path:
             objective,
             settings.pair_chain,
             with_geometry=False,
-            geometry_batch=settings.geometry_batch,
+            eval_batch=settings.eval_batch,
         )
         for seed in range(settings.seeds):
             supervised, preferred = pair_runs.identities(settings, PAIR_SET, pairs, seed)

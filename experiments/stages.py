@@ -96,7 +96,7 @@ def preference_program(
     chain: str,
     *,
     with_geometry: bool = True,
-    geometry_batch: int = 8,
+    eval_batch: int = 8,
 ) -> PreferenceProgram:
     """Optimizer, compiled step and compiled evaluation of preference optimisation.
 
@@ -106,19 +106,19 @@ def preference_program(
       objective: margin objective.
       chain: a key of ``training.PAIR_CHAINS``.
       with_geometry: log the exact geometry of every step's batch; evaluations always have it.
-      geometry_batch: pairs at a time in the scans for the geometry.
+      eval_batch: pairs at a time in scores and evaluations.
     """
     weighting, pair_rule = PAIR_CHAINS[chain]
     tx = stage.optimizer.build(stage.steps, transforms.combine_pair(weighting()))
     gradients = training.preference_gradients(
-        model.log_probs, objective, with_geometry=with_geometry, pair_rule=pair_rule, batch_size=geometry_batch
+        model.log_probs, objective, with_geometry=with_geometry, pair_rule=pair_rule
     )
     step = training.make_step(
         gradients, tx, stage.optimizer.schedule(stage.steps), training.probe_changes(model.log_probs)
     )
     held_out, seen = (
         training.pair_diagnostics(
-            model.log_probs, objective, with_geometry=full, pair_rule=pair_rule, batch_size=geometry_batch
+            model.log_probs, objective, with_geometry=full, pair_rule=pair_rule, batch_size=eval_batch
         )
         for full in (True, False)
     )
@@ -131,7 +131,7 @@ def preference_program(
 
     return PreferenceProgram(
         Program(stage, tx, jax.jit(step)),
-        jax.jit(lambda params, pairs: training.score_pairs(model.log_probs, params, pairs, geometry_batch)),
+        jax.jit(lambda params, pairs: training.score_pairs(model.log_probs, params, pairs, eval_batch)),
         jax.jit(diagnose),
     )
 

@@ -11,7 +11,15 @@ from entangle.geometry.conditions import (
     first_order_changes,
     predicted_changes,
 )
-from entangle.geometry.pairs import log_prob_gram, pair_geometry, pair_vjp, take_side
+from entangle.geometry.one_backward import (
+    ParameterUse,
+    by_group,
+    pair_geometry,
+    parameter_uses,
+    total,
+    vjp_with_geometry,
+)
+from entangle.geometry.pairs import log_prob_gram, pair_vjp, scan_geometry, take_side
 from entangle.geometry.products import gram, inner_product
 from entangle.types import PairGeometry
 
@@ -19,6 +27,8 @@ __all__ = [
     "Case",
     "PairChanges",
     "PairGeometry",
+    "ParameterUse",
+    "by_group",
     "case_of",
     "condition_1",
     "condition_2",
@@ -30,6 +40,10 @@ __all__ = [
     "log_prob_gram",
     "pair_geometry",
     "pair_vjp",
+    "parameter_uses",
     "predicted_changes",
+    "scan_geometry",
     "take_side",
+    "total",
+    "vjp_with_geometry",
 ]

@@ -171,7 +171,7 @@ def first_order_changes(log_prob_fn: LogProbFn, params: Params, updates: Params,
     metric, momentum, weight decay and the other pairs of the batch.
 
     Args:
-      log_prob_fn: see :func:`entangle.geometry.pair_geometry`.
+      log_prob_fn: see :func:`entangle.geometry.vjp_with_geometry`.
       params: parameters before the update.
       updates: what is added to them, a pytree like params.
       batch: pytree of arrays with leading axes ``[B, 2]``.

@@ -31,8 +31,8 @@ def take_side(batch: Any, side: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[:, side : side + 1], batch)
 
 
-def pair_geometry(log_prob_fn: LogProbFn, params: Params, batch: Any, *, batch_size: int | None = None) -> PairGeometry:
-    """Exact ``|g_w|^2``, ``|g_l|^2`` and ``<g_w, g_l>`` of every pair, by scanning over pairs.
+def scan_geometry(log_prob_fn: LogProbFn, params: Params, batch: Any, *, batch_size: int | None = None) -> PairGeometry:
+    """Exact ``|g_w|^2``, ``|g_l|^2`` and ``<g_w, g_l>`` of every pair, by scanning over pairs: the slow way for any model.
 
     ``g_w`` and ``g_l`` are the gradients of the summed completion log-probabilities with respect to all of ``params``.
 
@@ -52,7 +52,7 @@ def pair_geometry(log_prob_fn: LogProbFn, params: Params, batch: Any, *, batch_s
       >>> import jax.numpy as jnp
       >>> from entangle import geometry
       >>> features = jnp.array([[[1.0, 0.0], [1.0, 1.0]]])  # one pair; log pi is linear in params
-      >>> s = geometry.pair_geometry(lambda params, x: x @ params, jnp.zeros(2), features)
+      >>> s = geometry.scan_geometry(lambda params, x: x @ params, jnp.zeros(2), features)
       >>> s.inner_product
       Array([1.], dtype=float32)
     """

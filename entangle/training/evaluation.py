@@ -54,10 +54,10 @@ def pair_diagnostics(
     Args:
       log_prob_fn: the policy.
       objective: whose coefficients are taken.
-      with_geometry: look at the gradients too, which costs about three times as much as the log-probabilities do.
+      with_geometry: look at the gradients too: one backward, without any gradient of the parameters' size.
       pair_rule: per-pair rule on the coefficients, as in ``preference_gradients``: ``coefficient/...`` are before it,
         ``predicted/...`` and ``case/...`` after it.
-      batch_size: pairs at a time in the scans. Scores from ``score_pairs`` at the same size are bitwise the same, so a
+      batch_size: pairs at a time. Scores from ``score_pairs`` at the same size are bitwise the same, so a
         policy that is its own reference has log-ratios of exactly 0.
 
     Returns:

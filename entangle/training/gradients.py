@@ -5,6 +5,7 @@ Both are functions of (params, batch), so that one step and one loop serve pretr
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -134,17 +135,15 @@ def preference_gradients(
     *,
     with_geometry: bool = True,
     pair_rule: PairRule | None = None,
-    batch_size: int | None = None,
 ) -> GradientFn:
     """Any margin objective: its two gradients apart, and the exact geometry of every pair of the batch.
 
     Args:
       log_prob_fn: the policy, see types.LogProbFn.
       objective: pure function of PairLogProbs to ``[B]`` losses.
-      with_geometry: compute the per-pair geometry (one more backward, by scanning) and log it.
+      with_geometry: log the exact geometry of every pair; it comes with the same backward.
       pair_rule: per-pair rule on the coefficients; it needs the geometry. ``coefficient/...`` are logged before it,
         ``predicted/...`` and ``case/...`` after it.
-      batch_size: pairs at a time in the geometry's scan.
 
     Returns:
       A GradientFn over PreferenceExamples whose gradients are PairGradients.
@@ -167,17 +166,20 @@ def preference_gradients(
     if pair_rule is not None and not with_geometry:
         raise ValueError("a per-pair rule needs the geometry of every pair: set with_geometry=True")
     scale = reward_scale(objective)
+    vjp: Any = functools.partial(geometry.vjp_with_geometry, apart=True) if with_geometry else geometry.pair_vjp
 
     def gradients(params: Params, examples: PreferenceExamples, learning_rate: jax.Array) -> GradientResult:
-        log_probs, pull_back = geometry.pair_vjp(log_prob_fn, params, examples.pairs)
+        log_probs, pull_back = vjp(log_prob_fn, params, examples.pairs)
         lp = pair_log_probs(log_probs, examples)
         loss, d = losses.loss_and_coefficients(objective, lp)
         metrics = likelihood_metrics(lp, loss, d, scale)
         if with_geometry:
-            s = geometry.pair_geometry(log_prob_fn, params, examples.pairs, batch_size=batch_size)
-            d = d if pair_rule is None else pair_rule(d, s)
+            if pair_rule is not None:
+                d = pair_rule(d, pull_back(*d)[1])  # the geometry does not depend on the coefficients
+            pair_gradients, s = pull_back(*d)
             metrics |= geometry_metrics(s, d, learning_rate)
-        pair_gradients = pull_back(d.chosen, d.rejected)
+        else:
+            pair_gradients = pull_back(*d)
         return GradientResult(pair_gradients, means(metrics) | {"learning_rate": learning_rate}, loss)
 
     return gradients

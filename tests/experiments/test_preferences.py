@@ -120,7 +120,7 @@ def test_without_sft_the_checkpoint_itself_is_the_start(finished, tmp_path):
 
 def test_geometry_does_not_depend_on_how_many_pairs_are_held_at_a_time(finished, tmp_path):
     asked, _ = finished
-    again = dataclasses.replace(asked, out=tmp_path / "out", geometry_batch=1)
+    again = dataclasses.replace(asked, out=tmp_path / "out", eval_batch=1)
     preferences.run(again)
     one, other = (training.read_metrics(s.out / "preferences" / "seed0" / "preference") for s in (asked, again))
     names = [name for name in one[1] if name.startswith("geometry/")]
@@ -158,7 +158,7 @@ def test_bad_input_ends_in_one_line(finished, checkpoint, tmp_path, fail):
         (["--data", "nowhere.jsonl", *model], "nowhere.jsonl: cannot be read"),
         (["--data", asked.data, "--model", str(tmp_path)], f"{tmp_path}: has no model.safetensors"),
         (["--data", asked.data, *model, "--max-length", "65"], "--max-length 65: model"),
-        (["--data", asked.data, *model, "--geometry-batch", "0"], "--geometry-batch 0: at least one is needed"),
+        (["--data", asked.data, *model, "--eval-batch", "0"], "--eval-batch 0: at least one is needed"),
         (["--data", asked.data, *model, "--no-sft-first", "--sft.steps", "9"], "--sft.steps 9 has no effect"),
     ]
     for words, message in cases:

@@ -9,7 +9,7 @@ from entangle import geometry
 from entangle.types import PairBatch
 from tests.toy import MODELS, draw_pairs, draw_params, flatten, row_gradients
 
-_geometry = jax.jit(geometry.pair_geometry, static_argnums=0, static_argnames="batch_size")
+_geometry = jax.jit(geometry.scan_geometry, static_argnums=0, static_argnames="batch_size")
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ _geometry = jax.jit(geometry.pair_geometry, static_argnums=0, static_argnames="b
     [("bigram", None), ("mlp", None), ("mlp", 2), ("mlp", 16)],  # of 5 pairs: 2 leaves a remainder, 16 is more than all
 )
 @pytest.mark.usefixtures("x64")
-def test_pair_geometry_equals_a_loop_of_gradients(model, batch_size):
+def test_scan_geometry_equals_a_loop_of_gradients(model, batch_size):
     params, batch = draw_params(model, 0, jnp.float64), draw_pairs(0)
     s = _geometry(MODELS[model], params, batch, batch_size=batch_size)
     g = row_gradients(MODELS[model], params, batch)
@@ -27,7 +27,7 @@ def test_pair_geometry_equals_a_loop_of_gradients(model, batch_size):
     assert s.inner_product.dtype == jnp.float64
 
 
-def test_pair_geometry_in_float32():
+def test_scan_geometry_in_float32():
     params, batch = draw_params("mlp", 1, jnp.float32), draw_pairs(1)
     s = _geometry(MODELS["mlp"], params, batch)
     g = row_gradients(MODELS["mlp"], params, batch).astype(np.float64)

@@ -57,7 +57,12 @@ def test_likelihood_of_a_batch_without_masked_tokens_is_zero_with_zero_gradient(
 def test_preference_metrics_and_gradients_equal_a_naive_loop():
     params, examples = _examples()
     beta = 0.1
-    result = jax.jit(preference_gradients(MLP, losses.cpo, batch_size=2))(params, examples, RATE)
+    result = jax.jit(
+        preference_gradients(
+            MLP,
+            losses.cpo,
+        )
+    )(params, examples, RATE)
 
     g = row_gradients(MLP, params, examples.pairs)
     log_probs, reference = np.asarray(MLP(params, examples.pairs)), np.asarray(examples.reference)

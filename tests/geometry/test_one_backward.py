@@ -1,0 +1,346 @@
+"""One backward against naive gradients, row by row: every layer kind, whole models, and what it must not do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from entangle import geometry
+from entangle.errors import UnsupportedModelError
+from entangle.geometry import one_backward, taps
+from entangle.types import PairBatch
+from tests import zoo
+from tests.toy import draw_pairs, flatten, row_gradients
+
+PAIRS = 5
+WHOLE = list(zoo.whole_models(jnp.float32))
+
+
+def pairs(seed, *, left=False, vocab=zoo.VOCAB):
+    """Ragged pairs; padding tokens are random ones, so that a leak of theirs shows."""
+    batch = draw_pairs(seed, PAIRS, vocab=vocab)
+    if not left:
+        return batch
+    return PairBatch(*(jnp.flip(leaf, -1) for leaf in batch))
+
+
+def coefficients(seed=3):
+    """Positive, negative and zero ones."""
+    d_w, d_l = np.random.default_rng(seed).standard_normal((2, PAIRS))
+    d_w[1] = d_l[2] = d_w[3] = d_l[3] = 0
+    return d_w, d_l
+
+
+@functools.partial(jax.jit, static_argnums=(0,), static_argnames=("apart",))
+def both(log_prob_fn, params, batch, d_w, d_l, *, apart=False):
+    log_probs, pull_back = geometry.vjp_with_geometry(log_prob_fn, params, batch, apart=apart)
+    return log_probs, *pull_back(d_w, d_l)
+
+
+def disagreement(log_prob_fn, params, batch):
+    """Largest relative errors of geometry and training gradient against rows differentiated one by one."""
+    d_w, d_l = coefficients()
+    log_probs, gradient, s = both(log_prob_fn, params, batch, jnp.asarray(d_w), jnp.asarray(d_l))
+    g = np.asarray(row_gradients(log_prob_fn, params, batch), np.float64)
+    norms = np.linalg.norm(g, axis=-1)
+    expected = np.mean(d_l[:, None] * g[:, 1] - d_w[:, None] * g[:, 0], 0)
+    return {
+        "chosen": np.max(abs(s.chosen_sq_norm - norms[:, 0] ** 2) / norms[:, 0] ** 2),
+        "rejected": np.max(abs(s.rejected_sq_norm - norms[:, 1] ** 2) / norms[:, 1] ** 2),
+        # a product near zero is a difference of great ones: it is right to the scale of the norms
+        "inner": np.max(abs(s.inner_product - np.sum(g[:, 0] * g[:, 1], -1)) / (norms[:, 0] * norms[:, 1])),
+        "gradient": np.linalg.norm(flatten(gradient) - expected) / np.linalg.norm(expected),
+        "log_probs": np.max(abs(log_probs - log_prob_fn(params, batch))),
+    }
+
+
+def hold(log_prob_fn, params, batch, tolerance):
+    for name, error in disagreement(log_prob_fn, params, batch).items():
+        assert error < tolerance, (name, error)
+
+
+@pytest.fixture(params=["gram", "rows"])
+def form(request, monkeypatch):
+    monkeypatch.setattr(one_backward, "by_rows", lambda *sizes, with_gradient: request.param == "rows")
+    both.clear_cache()
+    yield request.param
+    both.clear_cache()
+
+
+@pytest.mark.parametrize("kind", zoo.CORES)
+@pytest.mark.usefixtures("x64", "form")
+def test_every_kind_of_layer(kind):
+    core, shapes = zoo.CORES[kind]
+    hold(zoo.around(core), zoo.draw(shapes, 0, jnp.float64), pairs(0), 1e-10)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.usefixtures("x64")
+def test_whole_models(name, left):
+    log_prob_fn, params = zoo.whole_models(jnp.float64)[name]
+    hold(log_prob_fn, params, pairs(1, left=left), 1e-10)
+
+
+@pytest.mark.usefixtures("x64", "form")
+def test_the_tied_model_in_both_forms():
+    hold(*zoo.whole_models(jnp.float64)["gpt, tied"], pairs(2), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["gpt, tied", "llama, scanned and checkpointed", "low-rank adapters"])
+def test_float32(name):
+    log_prob_fn, params = zoo.whole_models(jnp.float32)[name]
+    hold(log_prob_fn, params, pairs(1), 1e-4)
+
+
+def test_bfloat16_accumulates_in_float32():
+    """Against the gradients of the same bfloat16 model, differentiated row by row and multiplied in float64."""
+    log_prob_fn, params = zoo.around(zoo.CORES["dense"][0]), zoo.draw({"w": (8, 8)}, 0, jnp.bfloat16)
+    batch = pairs(1)
+    s = geometry.pair_geometry(log_prob_fn, params, batch)
+    assert all(field.dtype == jnp.float32 for field in s)
+    exact = geometry.scan_geometry(log_prob_fn, jax.tree.map(lambda p: p.astype(jnp.float32), params), batch)
+    # bfloat16 has 8 bits: cotangents are off by up to 2^-9 each, at random, sums of squares of dozens by a few percent
+    np.testing.assert_allclose(s.chosen_sq_norm, exact.chosen_sq_norm, rtol=0.05)
+    np.testing.assert_allclose(geometry.cosine(s), geometry.cosine(exact), atol=0.05)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_two_gradients_apart():
+    log_prob_fn, params = zoo.whole_models(jnp.float64)["gpt, tied"]
+    batch, (d_w, d_l) = pairs(4), coefficients(4)
+    _, gradients, s = both(log_prob_fn, params, batch, jnp.asarray(d_w), jnp.asarray(d_l), apart=True)
+    g = row_gradients(log_prob_fn, params, batch)
+    np.testing.assert_allclose(flatten(gradients.chosen), np.mean(d_w[:, None] * g[:, 0], 0), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(flatten(gradients.rejected), np.mean(d_l[:, None] * g[:, 1], 0), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(s.chosen_sq_norm, np.sum(g[:, 0] ** 2, -1), rtol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_forward_is_pulled_back_twice_for_a_rule_that_needs_norms():
+    """The pairwise normalised gradient: mean of g_l / |g_l| - g_w / |g_w|."""
+    log_prob_fn, params = zoo.whole_models(jnp.float64)["llama, scanned"]
+    batch = pairs(5)
+
+    @jax.jit
+    def normalised(params, batch):
+        _, pull_back = geometry.vjp_with_geometry(log_prob_fn, params, batch)
+        _, s = pull_back(jnp.zeros(PAIRS), jnp.zeros(PAIRS))
+        return pull_back(1 / jnp.sqrt(s.chosen_sq_norm), 1 / jnp.sqrt(s.rejected_sq_norm))[0]
+
+    g = row_gradients(log_prob_fn, params, batch)
+    unit = g / np.linalg.norm(g, axis=-1, keepdims=True)
+    np.testing.assert_allclose(flatten(normalised(params, batch)), np.mean(unit[:, 1] - unit[:, 0], 0), atol=1e-11)
+
+
+@pytest.mark.usefixtures("x64")
+def test_per_parameter_and_by_group():
+    log_prob_fn, params = zoo.whole_models(jnp.float64)["llama, scanned and checkpointed"]
+    batch = pairs(6)
+    tree = jax.jit(lambda p: geometry.pair_geometry(log_prob_fn, p, batch, per_parameter=True))(params)
+    gradient = jax.jit(jax.vmap(jax.grad(lambda p, row: log_prob_fn(p, row)[0, 0]), in_axes=(None, 0)))
+    sides = [
+        gradient(params, jax.tree.map(lambda leaf: leaf[:, None], geometry.take_side(batch, side))) for side in (0, 1)
+    ]
+
+    def products(chosen, rejected, layered):
+        """Over all axes but pairs, and layers where a scan runs over them: ``[L, B]``."""
+        chosen, rejected = (leaf.reshape(*leaf.shape[: 1 + layered], -1) for leaf in (chosen, rejected))
+        return [
+            jnp.moveaxis(jnp.sum(a * b, -1), 0, -1) for a, b in ((chosen,) * 2, (rejected,) * 2, (chosen, rejected))
+        ]
+
+    def check(s, chosen, rejected, layered):
+        for field, expected in zip(s, products(chosen, rejected, layered), strict=True):
+            np.testing.assert_allclose(field, expected, rtol=1e-9, atol=1e-12)
+
+    for name in ("embed", "norm", "head"):
+        check(tree[name], sides[0][name], sides[1][name], 0)
+    for name, s in tree["layers"].items():
+        check(s, sides[0]["layers"][name], sides[1]["layers"][name], 1)
+    groups = geometry.by_group(tree, lambda path: path.split("/")[0])
+    assert sorted(groups) == sorted(params)
+    whole = geometry.scan_geometry(log_prob_fn, params, batch)
+    np.testing.assert_allclose(
+        sum(s.inner_product for s in groups.values()), whole.inner_product, rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 9])  # of 5 pairs: 2 leaves a remainder, 9 is more than all
+@pytest.mark.usefixtures("x64")
+def test_some_pairs_at_a_time(batch_size):
+    def model(params, batch):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), params["embed"][batch.tokens], params["layers"])
+        return zoo.select(x @ params["embed"].T, batch)
+
+    params = zoo.draw({"embed": (zoo.VOCAB, 4), "layers": (3, 4, 4)}, 7, jnp.float64)
+    batch = pairs(7)
+
+    @jax.jit
+    def one_and_other(params):
+        options = ({}, {"batch_size": batch_size}, {"per_parameter": True, "batch_size": batch_size})
+        return [geometry.pair_geometry(model, params, batch, **o) for o in options]
+
+    one, other, tree = one_and_other(params)
+    assert tree["layers"].inner_product.shape == (3, PAIRS)
+    for found in (other, geometry.total(tree)):
+        for a, b in zip(one, found, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.usefixtures("x64")
+def test_what_is_not_used_has_no_geometry():
+    log_prob_fn, params = zoo.around(zoo.CORES["dense"][0]), {"w": jnp.ones((8, 8))}
+    batch = pairs(8)
+    more = {"model": params, "idle": jnp.ones(3), "cut": jnp.ones(2)}
+
+    def model(p, batch):
+        return log_prob_fn(p["model"], batch) + jax.lax.stop_gradient(jnp.sum(p["cut"]))
+
+    tree = geometry.pair_geometry(model, more, batch, per_parameter=True)
+    assert all(not np.any(field) and field.shape == (PAIRS,) for name in ("idle", "cut") for field in tree[name])
+    np.testing.assert_allclose(
+        geometry.total(tree).chosen_sq_norm, geometry.scan_geometry(model, more, batch).chosen_sq_norm, rtol=1e-11
+    )
+
+
+@pytest.mark.usefixtures("x64")
+def test_equal_sides_and_empty_completions():
+    log_prob_fn, params = zoo.whole_models(jnp.float64)["gpt, tied"]
+    batch = pairs(2)
+    batch = PairBatch(
+        batch.tokens.at[0, 1].set(batch.tokens[0, 0]),
+        batch.completion_mask.at[0, 1].set(batch.completion_mask[0, 0]).at[1, 0].set(False),
+    )
+    *_, s = both(log_prob_fn, params, batch, jnp.zeros(PAIRS), jnp.zeros(PAIRS))
+    np.testing.assert_allclose([s.rejected_sq_norm[0], s.inner_product[0]], s.chosen_sq_norm[0], rtol=1e-12)
+    assert float(s.chosen_sq_norm[1]) == float(s.inner_product[1]) == 0.0 < float(s.rejected_sq_norm[1])
+
+
+@pytest.mark.usefixtures("x64")
+def test_padding_is_not_seen():
+    log_prob_fn, params = zoo.whole_models(jnp.float64)["llama, scanned"]
+    batch, d = pairs(9), tuple(map(jnp.asarray, coefficients()))
+    behind = np.arange(8) > 7 - np.argmax(np.asarray(batch.completion_mask)[..., ::-1], -1)[..., None]
+    assert behind.any()
+    other = batch._replace(tokens=jnp.where(behind, (batch.tokens + 1) % zoo.VOCAB, batch.tokens))
+    one, two = (flatten(both(log_prob_fn, params, b, *d)) for b in (batch, other))
+    np.testing.assert_allclose(one, two, rtol=1e-12, atol=1e-14)
+    # the same comparison when the mask is all true
+    leaky = [flatten(both(log_prob_fn, params, b._replace(completion_mask=behind | True), *d)) for b in (batch, other)]
+    assert np.max(abs(leaky[0] - leaky[1])) > 0.1
+
+
+# What would be wrong: each of these must make the comparisons above fail, and by much.
+
+
+def errors_when(monkeypatch, owner, name, wrong, log_prob_fn, params):
+    right = getattr(owner, name)
+    hold(log_prob_fn, params, pairs(2), 1e-10)
+    monkeypatch.setattr(owner, name, functools.partial(wrong, right))
+    both.clear_cache()
+    errors = disagreement(log_prob_fn, params, pairs(2))
+    both.clear_cache()
+    return errors
+
+
+@pytest.mark.usefixtures("x64")
+def test_dropped_cross_terms_are_noticed(monkeypatch):
+    model = zoo.whole_models(jnp.float64)["gpt, tied"]
+    errors = errors_when(monkeypatch, taps, "_head_rows", lambda right, *a: jnp.zeros_like(right(*a)), *model)
+    assert errors["chosen"] > 1e-3 and errors["inner"] > 1e-3 and errors["gradient"] < 1e-10
+
+
+@pytest.mark.usefixtures("x64")
+def test_coefficients_applied_twice_are_noticed(monkeypatch):
+    model = zoo.whole_models(jnp.float64)["gpt, tied"]
+    errors = errors_when(monkeypatch, taps, "_times", lambda right, a, w: right(right(a, w), w), *model)
+    assert errors["gradient"] > 0.1 and errors["chosen"] < 1e-10
+
+
+@pytest.mark.usefixtures("x64")
+def test_coefficients_in_the_geometry_are_noticed(monkeypatch):
+    """As if the backward started from the loss: then the activations' cotangents hold the coefficients."""
+    d = jnp.asarray(np.stack(coefficients(), 1))
+
+    def wrong(right, g):
+        return right(None, taps._times(g, d) if len(g) == PAIRS else g)
+
+    model = zoo.whole_models(jnp.float64)["gpt, tied"]
+    errors = errors_when(monkeypatch, taps.PairProducts, "rows", wrong, *model)
+    assert errors["chosen"] > 1e-3 and errors["gradient"] < 1e-10
+
+
+# What has no short form is named.
+
+
+def _uses(core, shapes, **options):
+    params = zoo.draw(shapes, 0, jnp.float32)
+    return geometry.parameter_uses(zoo.around(core), params, pairs(0), **options)
+
+
+def test_forms_follow_from_static_shapes():
+    def forms(length):
+        batch = PairBatch(*(jnp.zeros((1, 2, length), dtype) for dtype in (jnp.int32, bool)))
+        model = lambda p, b: zoo.select(jax.nn.one_hot(b.tokens, 64) @ p["w"] @ p["v"], b)  # noqa: E731
+        found = geometry.parameter_uses(model, {"w": jnp.ones((64, 96)), "v": jnp.ones((96, 64))}, batch)
+        return {use.parameter: use.form for use in found}
+
+    # gram takes 6 T^2 (I + O) operations a pair beyond the gradient's own, rows none: 3 T (160) against 64 * 96
+    assert forms(12) == {"params['w']": "gram", "params['v']": "gram"}
+    assert forms(13) == {"params['w']": "rows", "params['v']": "rows"}
+
+
+def test_uses_are_listed_with_their_place_in_the_code():
+    _, params = zoo.whole_models(jnp.float32)["gpt, tied"]
+    found = geometry.parameter_uses(zoo.gpt, params, pairs(0))
+    forms = {}
+    for use in found:
+        forms.setdefault(use.parameter, []).append(use.form)
+    assert forms["params['embed']"] == ["tied lookup", "tied head"]
+    assert forms["params['position']"] == forms["params['norm']['scale']"] == ["copy"]
+    assert forms["params['layers'][0]['qkv']"] == ["rows"]
+    assert len(forms) == len(jax.tree.leaves(params))
+    assert all("zoo.py:" in use.where for use in found if use.form != "tied lookup")
+
+
+@pytest.mark.parametrize("kind", ["several uses", "weight norm"])
+def test_a_large_parameter_without_a_short_form_is_refused_by_name(kind):
+    core, shapes = zoo.CORES[kind]
+    name = "w" if kind == "several uses" else "v"
+    with pytest.raises(UnsupportedModelError, match=rf"parameter params\['{name}'\].*64 numbers.*copy_limit=63"):
+        _uses(core, shapes, copy_limit=63)
+    assert {use.form for use in _uses(core, shapes, copy_limit=64)} == {"copy"}
+
+
+def test_a_large_weight_made_of_small_parameters_is_refused_by_name():
+    core, shapes = zoo.CORES["merged low rank"]
+    with pytest.raises(
+        UnsupportedModelError, match=r"parameters params\['a'\], params\['b'\]: combined into 64 numbers"
+    ):
+        _uses(core, shapes, copy_limit=63)
+
+
+def test_a_table_with_two_lookups_and_a_head_is_refused_by_name():
+    def model(params, batch):
+        x = params["e"][batch.tokens] + params["e"][jnp.roll(batch.tokens, 1, -1)]
+        return zoo.select(x @ params["e"].T, batch)
+
+    with pytest.raises(UnsupportedModelError, match=r"params\['e'\].*uses"):
+        geometry.parameter_uses(model, {"e": jnp.ones((7, 8))}, pairs(0), copy_limit=10)
+
+
+def test_a_stack_indexed_in_a_loop_is_refused_by_name():
+    """It is one parameter used in every iteration; given to the scan as its sequence it is one a layer."""
+
+    def model(params, batch):
+        x = jax.nn.one_hot(batch.tokens, 7)
+        x, _ = jax.lax.scan(lambda x, i: (jnp.tanh(x @ params["w"][i]), None), x, jnp.arange(4))
+        return zoo.select(x, batch)
+
+    params = {"w": zoo.draw((4, 7, 7), 0, jnp.float32)}
+    with pytest.raises(UnsupportedModelError, match=r"params\['w'\].*scan"):
+        geometry.parameter_uses(model, params, pairs(0), copy_limit=100)
+    assert [use.form for use in geometry.parameter_uses(model, params, pairs(0))] == ["copy"]
