@@ -17,7 +17,7 @@ FILE = "token_cosines.json"
 
 
 def token_cosines(model: LanguageModel, params: Params, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Cosines between the gradients of all completion tokens of one pair, chosen tokens first.
+    """Cosines between the gradients of one pair's completion tokens, chosen ones by rejected ones.
 
     Args:
       model: the model.
@@ -26,13 +26,16 @@ def token_cosines(model: LanguageModel, params: Params, tokens: jax.Array, mask:
       mask: ``[2, T]`` bool, a concrete array: it decides the result's shape.
 
     Returns:
-      ``[N, N]`` with N the number of completion tokens of both sides.
+      ``[N, M]`` with N and M the numbers of completion tokens of the chosen and of the rejected side.
     """
-    positions = np.flatnonzero(np.asarray(mask).ravel())
-    gram = geometry.log_prob_gram(lambda p: jnp.ravel(model.token_log_probs(p, tokens))[positions], params)
-    norms = jnp.sqrt(jnp.diagonal(gram))
-    scale = norms[:, None] * norms[None, :]
-    return jnp.where(scale > 0, gram / jnp.where(scale > 0, scale, 1.0), 0.0)
+    chosen, rejected = (np.flatnonzero(side) for side in np.asarray(mask))
+    count = max(len(chosen), len(rejected))
+    positions = np.stack([np.pad(side, (0, count - len(side)), constant_values=-1) for side in (chosen, rejected)])
+    gram = geometry.token_gram(model.token_log_probs, params, tokens, jnp.asarray(positions))
+    sq_norms = jnp.einsum("inin->in", gram)
+    scale = jnp.sqrt(sq_norms[0, :, None] * sq_norms[1, None, :])
+    cosines = jnp.where(scale > 0, gram[0, :, 1] / jnp.where(scale > 0, scale, 1.0), 0.0)
+    return cosines[: len(chosen), : len(rejected)]
 
 
 def write(
@@ -55,8 +58,7 @@ def write(
         return
     tokens, mask = pairs.tokens[0], pairs.completion_mask[0]
     labels = [tokenizer.token_labels(tokens[side][mask[side]].tolist()) for side in (0, 1)]
-    count = len(labels[0])
     cosines = jax.jit(lambda params: token_cosines(model, params, jnp.asarray(tokens), mask))
-    blocks = {name: np.asarray(cosines(params))[:count, count:].tolist() for name, params in checkpoints.items()}
+    blocks = {name: np.asarray(cosines(params)).tolist() for name, params in checkpoints.items()}
     record = {"source": pairs.sources[0], "chosen": labels[0], "rejected": labels[1], "cosines": blocks}
     training.write_json(folder / FILE, record)

@@ -19,8 +19,9 @@ from entangle.geometry.one_backward import (
     total,
     vjp_with_geometry,
 )
-from entangle.geometry.pairs import log_prob_gram, pair_vjp, scan_geometry, take_side
+from entangle.geometry.pairs import pair_vjp, scan_geometry, take_side
 from entangle.geometry.products import gram, inner_product
+from entangle.geometry.tokens import token_gram
 from entangle.types import PairGeometry
 
 __all__ = [
@@ -37,13 +38,13 @@ __all__ = [
     "first_order_changes",
     "gram",
     "inner_product",
-    "log_prob_gram",
     "pair_geometry",
     "pair_vjp",
     "parameter_uses",
     "predicted_changes",
     "scan_geometry",
     "take_side",
+    "token_gram",
     "total",
     "vjp_with_geometry",
 ]

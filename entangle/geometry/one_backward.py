@@ -74,16 +74,15 @@ def vjp_with_geometry(
       ([-0.5, 0.5], 2.0, 1.0)
     """
     pairs = _pairs(batch)
-    program = _Program(log_prob_fn, params, batch, copy_limit)
-    dtype = accumulator_dtype(params)
-    runner = _Runner(program.places, PairProducts(), with_gradient=True)
-    probes = {number: jnp.zeros((*place.lengths, pairs, 3), dtype) for number, place in enumerate(program.places)}
+    program = Program(log_prob_fn, params, batch, copy_limit)
+    dtype = program.dtype
+    runner = Runner(program.places, PairProducts(), lambda sizes: by_rows(*sizes, with_gradient=True))
 
     def forward(copies: tuple[Params, ...], probes: Mapping[int, jax.Array], scale: jax.Array) -> Any:
-        return jax.vmap(jax.vmap(lambda row, scale: program.run(runner, copies, row, probes, scale)))(batch, scale)
+        return program.run_rows(runner, copies, batch, probes, scale)
 
     copies = (params, params) if apart else (params,)
-    (log_probs, _), pull = jax.vjp(forward, copies, probes, jnp.ones((pairs, 2), dtype))
+    (log_probs, _), pull = jax.vjp(forward, copies, program.probes(pairs, 3), jnp.zeros((pairs, 2), dtype))
 
     def pull_back(d_w: jax.Array, d_l: jax.Array) -> tuple[Any, Any]:
         scale = jnp.stack([d_w if apart else -d_w, d_l], axis=1).astype(dtype) / pairs
@@ -233,7 +232,7 @@ def parameter_uses(
       >>> [(use.parameter, use.form) for use in uses]
       [("params['b']", 'copy'), ("params['w']", 'gram')]
     """
-    program = _Program(log_prob_fn, params, batch, copy_limit)
+    program = Program(log_prob_fn, params, batch, copy_limit)
 
     def form(place: Place) -> str:
         rows = place.form != "dense" or by_rows(*place.sizes, with_gradient=True)
@@ -263,7 +262,7 @@ def _pairs(batch: Any) -> int:
     return jax.tree.leaves(batch)[0].shape[0]
 
 
-class _Program:
+class Program:
     """A model's program for one row, and the places where its parameters meet the row."""
 
     def __init__(self, log_prob_fn: LogProbFn, params: Params, batch: Any, copy_limit: int) -> None:
@@ -278,19 +277,27 @@ class _Program:
         self.closed = uses.flat_jaxpr(row_fn, params, row)
         self.scope, self.places = uses.find_uses(self.closed.jaxpr, self.names, copy_limit)
 
-    def run(
+    def probes(self, *shape: int) -> dict[int, jax.Array]:
+        """A zero array for every place: of the given shape, behind the lengths of the scans around the place."""
+        return {number: jnp.zeros((*place.lengths, *shape), self.dtype) for number, place in enumerate(self.places)}
+
+    def run_rows(
         self,
-        runner: _Runner,
+        runner: Runner,
         copies: tuple[Params, ...],
-        row: Any,
+        batch: Any,
         probes: Mapping[int, jax.Array],
         scale: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        """Log-probability of one row, and scale."""
+        """The model's results for rows with leading axes ``[B, 2]``, and scale ``[B, 2]`` as it came in."""
         weights = [Weight(leaves) for leaves in zip(*map(jax.tree.leaves, copies), strict=True)]
-        values = [*weights, *jax.tree.leaves(row)]
-        (result,), scale = runner.run(self.scope, self.closed.consts, values, probes, scale)
-        return result, scale
+
+        def run(row: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+            values = [*weights, *jax.tree.leaves(row)]
+            (result,), scale = runner.run(self.scope, self.closed.consts, values, probes, scale)
+            return result, scale
+
+        return jax.vmap(jax.vmap(run))(batch, scale)
 
     def per_parameter(self, found: Mapping[int, jax.Array], pairs: int) -> Any:
         """A tree of PairGeometry from what every place found, ``[..., B, 3]``."""
@@ -304,11 +311,12 @@ class _Program:
         return jax.tree.unflatten(self.tree, leaves)
 
 
-class _Runner:
+class Runner:
     """Evaluates a planned program on one row."""
 
-    def __init__(self, places: Sequence[Place], products: Products, *, with_gradient: bool) -> None:
-        self.places, self.products, self.with_gradient = places, products, with_gradient
+    def __init__(self, places: Sequence[Place], products: Products, by_rows: Callable[[tuple[int, ...]], bool]) -> None:
+        """See ``taps`` for products; ``by_rows`` tells which dense places form row gradients, from E, T, I and O."""
+        self.places, self.products, self.by_rows = places, products, by_rows
 
     def run(
         self,
@@ -358,7 +366,7 @@ class _Runner:
             (result,) = uses.bind(eqn, (x, u) if side else (u, x))
             return result
 
-        rows = by_rows(*self.places[plan.place].sizes, with_gradient=self.with_gradient) and link is None
+        rows = link is None and self.by_rows(self.places[plan.place].sizes)
         return taps.dense(dot, plan.axes, self.products, rows, inputs[1 - side], inputs[side], probe, scale, link)
 
     def _lookup(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from entangle.geometry.products import gram, inner_product
+from entangle.geometry.products import gram
 from entangle.types import LogProbFn, PairGeometry, PairGradients, Params
 
 
@@ -99,26 +99,3 @@ def pair_vjp(
         return PairGradients(g_chosen, g_rejected)
 
     return jnp.stack([chosen, rejected], axis=1), pull_back
-
-
-def log_prob_gram(log_probs_of: Callable[[Params], jax.Array], params: Params) -> jax.Array:
-    """Gram matrix of the gradients of several log-probabilities, for example of every token of a pair.
-
-    One forward; all N gradients are held at once, so it suits small models or few rows.
-
-    Args:
-      log_probs_of: pure function of params to ``[N]`` log-probabilities.
-      params: pytree of trainable arrays.
-
-    Returns:
-      ``[N, N]`` inner products of the N gradients.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from entangle import geometry
-      >>> geometry.log_prob_gram(lambda p: jnp.array([[1.0, 0.0], [1.0, 1.0]]) @ p, jnp.zeros(2)).tolist()
-      [[1.0, 1.0], [1.0, 2.0]]
-    """
-    values, pull_back = jax.vjp(log_probs_of, params)
-    gradients = jax.lax.map(lambda unit: pull_back(unit)[0], jnp.eye(values.shape[0], dtype=values.dtype))
-    return jax.vmap(lambda a: jax.vmap(lambda b: inner_product(a, b))(gradients))(gradients)

@@ -21,21 +21,23 @@ class Contender(NamedTuple):
     Attributes:
       name: how tables call it.
       run: does the work once and returns a number, here called the loss, when all of the work is finished.
+      memory: bytes that it needs at its peak, where they are known.
     """
 
     name: str
     run: Callable[[], float]
+    memory: int | None = None
 
 
 class Benchmark(NamedTuple):
-    """A comparison of the first contender, this package's, with the second.
+    """A comparison of the first contender, this package's, with the others.
 
     Attributes:
       summary: one line: what is measured, and at which size.
       extra: the extra of the package that it needs.
       modules: modules of that extra.
       packages: distributions whose versions the result records.
-      prepare: makes the two contenders; may write to the temporary folder that it is given.
+      prepare: makes the contenders, at least two; may write to the temporary folder that it is given.
       warm_up: rounds that are checked for agreement and not timed.
       runs: rounds that are timed.
       tolerance: largest difference of the losses of a warm-up round.
@@ -45,7 +47,7 @@ class Benchmark(NamedTuple):
     extra: str
     modules: tuple[str, ...]
     packages: tuple[str, ...]
-    prepare: Callable[[Path], tuple[Contender, Contender]]
+    prepare: Callable[[Path], tuple[Contender, ...]]
     warm_up: int
     runs: int
     tolerance: float
@@ -58,11 +60,13 @@ class Timing(NamedTuple):
       name: of the contender.
       losses: of all rounds, warm-up included.
       seconds: of the timed rounds.
+      memory: of the contender.
     """
 
     name: str
     losses: tuple[float, ...]
     seconds: tuple[float, ...]
+    memory: int | None = None
 
 
 class Spread(NamedTuple):
@@ -86,30 +90,33 @@ def spread(sample: Sequence[float]) -> Spread:
 
 
 class Result(NamedTuple):
-    """Both timings; a ratio below 1 says that the first contender takes less time."""
+    """All timings; a ratio below 1 says that the first contender takes less than the other."""
 
-    first: Timing
-    second: Timing
+    timings: tuple[Timing, ...]
 
-    @property
-    def ratio(self) -> float:
-        """Median of the first over median of the second."""
-        return spread(self.first.seconds).median / spread(self.second.seconds).median
+    def ratio(self, other: int = 1) -> float:
+        """Median of the first over median of another one."""
+        return spread(self.timings[0].seconds).median / spread(self.timings[other].seconds).median
 
-    @property
-    def ratio_spread(self) -> Spread:
+    def ratio_spread(self, other: int = 1) -> Spread:
         """Median and quartiles of the ratio round by round, in which slow spells of the machine cancel."""
-        return spread([a / b for a, b in zip(self.first.seconds, self.second.seconds, strict=True)])
+        both = zip(self.timings[0].seconds, self.timings[other].seconds, strict=True)
+        return spread([a / b for a, b in both])
+
+    def memory_ratio(self, other: int = 1) -> float | None:
+        """Peak memory of the first over that of another one, if both are known."""
+        mine, theirs = self.timings[0].memory, self.timings[other].memory
+        return None if mine is None or theirs is None else mine / theirs
 
 
 def measure(
-    benchmark: Benchmark, contenders: tuple[Contender, Contender], clock: Callable[[], float] = time.perf_counter
+    benchmark: Benchmark, contenders: Sequence[Contender], clock: Callable[[], float] = time.perf_counter
 ) -> Result:
-    """Run both contenders in turn, warm-up rounds first.
+    """Run the contenders in turn, warm-up rounds first.
 
     Args:
       benchmark: how many rounds, and how closely the contenders must agree.
-      contenders: both sides.
+      contenders: all sides.
       clock: seconds.
 
     Returns:
@@ -121,11 +128,11 @@ def measure(
     Example:
       >>> both = Contender("a", lambda: 1.0), Contender("b", lambda: 1.0)
       >>> example = Benchmark("nothing", "test", (), (), lambda folder: both, warm_up=1, runs=3, tolerance=0.0)
-      >>> len(measure(example, both).first.seconds)
+      >>> len(measure(example, both).timings[0].seconds)
       3
     """
-    losses: list[list[float]] = [[], []]
-    seconds: list[list[float]] = [[], []]
+    losses: list[list[float]] = [[] for _ in contenders]
+    seconds: list[list[float]] = [[] for _ in contenders]
     # disable=None: a bar on a terminal, nothing in a log.
     for round_index in tqdm(range(benchmark.warm_up + benchmark.runs), unit="round", leave=False, disable=None):
         for side, contender in enumerate(contenders):
@@ -136,17 +143,20 @@ def measure(
                 seconds[side].append(elapsed)
         if round_index < benchmark.warm_up:
             _check_agreement(contenders, losses, benchmark.tolerance)
-    first, second = (
-        Timing(contender.name, tuple(losses[side]), tuple(seconds[side])) for side, contender in enumerate(contenders)
-    )
-    return Result(first, second)
-
-
-def _check_agreement(contenders: tuple[Contender, Contender], losses: list[list[float]], tolerance: float) -> None:
-    first, second = losses[0][-1], losses[1][-1]
-    # Written so that NaN disagrees too.
-    if not abs(first - second) <= tolerance:
-        raise DisagreementError(
-            f"the contenders disagree in warm-up round {len(losses[0])}: {contenders[0].name} {first:.9g}, "
-            f"{contenders[1].name} {second:.9g}, tolerance {tolerance:g}; nothing was timed"
+    return Result(
+        tuple(
+            Timing(contender.name, tuple(losses[side]), tuple(seconds[side]), contender.memory)
+            for side, contender in enumerate(contenders)
         )
+    )
+
+
+def _check_agreement(contenders: Sequence[Contender], losses: list[list[float]], tolerance: float) -> None:
+    first = losses[0][-1]
+    for contender, others in zip(contenders[1:], losses[1:], strict=True):
+        # Written so that NaN disagrees too.
+        if not abs(first - others[-1]) <= tolerance:
+            raise DisagreementError(
+                f"the contenders disagree in warm-up round {len(losses[0])}: {contenders[0].name} {first:.9g}, "
+                f"{contender.name} {others[-1]:.9g}, tolerance {tolerance:g}; nothing was timed"
+            )

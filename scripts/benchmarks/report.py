@@ -36,17 +36,25 @@ def report_lines(name: str, benchmark: Benchmark, result: Result, machine: Mappi
     Returns:
       Lines without line ends.
     """
+    known = any(timing.memory is not None for timing in result.timings)
     lines = [f"{name}: {benchmark.summary}", f"{'contender':<12}{'median s':>10}{'quartiles s':>20}{'runs':>6}"]
-    for timing in result:
+    lines[1] += f"{'peak GiB':>10}" if known else ""
+    for timing in result.timings:
         low, middle, high = spread(timing.seconds)
         lines.append(f"{timing.name:<12}{middle:>10.4f}{f'{low:.4f} .. {high:.4f}':>20}{len(timing.seconds):>6}")
-    low, _, high = result.ratio_spread
-    lines.append(
-        f"ratio {result.first.name} / {result.second.name}: {result.ratio:.3f} "
-        f"(round by round, quartiles {low:.3f} .. {high:.3f}); below 1, {result.first.name} takes less time"
-    )
-    pairs = list(zip(result.first.losses, result.second.losses, strict=True))[: benchmark.warm_up]
-    agreed = ", ".join(f"{a:.6f} and {b:.6f}" for a, b in pairs)
+        if known:
+            lines[-1] += f"{'' if timing.memory is None else f'{timing.memory / 2**30:.2f}':>10}"
+    mine = result.timings[0].name
+    for other, timing in enumerate(result.timings[1:], 1):
+        low, _, high = result.ratio_spread(other)
+        memory = result.memory_ratio(other)
+        lines.append(
+            f"ratio {mine} / {timing.name}: {result.ratio(other):.3f} "
+            f"(round by round, quartiles {low:.3f} .. {high:.3f})"
+            f"{'' if memory is None else f', peak memory {memory:.3f}'}; below 1, {mine} takes less"
+        )
+    rounds = zip(*(timing.losses[: benchmark.warm_up] for timing in result.timings), strict=True)
+    agreed = ", ".join(" and ".join(f"{loss:.6f}" for loss in losses) for losses in rounds)
     lines.append(f"losses before timing: {agreed}; equal to {benchmark.tolerance:g}")
     versions = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
     lines.append(
@@ -59,9 +67,10 @@ def report_lines(name: str, benchmark: Benchmark, result: Result, machine: Mappi
 def write_json(path: Path, name: str, benchmark: Benchmark, result: Result, machine: Mapping[str, Any]) -> None:
     """Write the result as one JSON object.
 
-    Its keys are ``name``, ``summary``, ``ratio`` (of medians, first contender over second), ``ratio_of`` (both names),
-    ``ratio_spread``, ``runs`` (seconds of every timed round), ``spread`` (of these: lower quartile, median, upper
-    quartile), ``losses`` (of every round, warm-up included), ``warm_up``, ``tolerance`` and ``machine``.
+    Its keys are ``name``, ``summary``, ``ratios`` (of the first contender over every other one: ``ratio`` of medians,
+    ``spread`` round by round, ``memory`` or null), ``runs`` (seconds of every timed round), ``spread`` (of these: lower
+    quartile, median, upper quartile), ``losses`` (of every round, warm-up included), ``memory`` (bytes at the peak, or
+    null), ``warm_up``, ``tolerance`` and ``machine``.
 
     Args:
       path: the file; replaced when it exists.
@@ -76,12 +85,18 @@ def write_json(path: Path, name: str, benchmark: Benchmark, result: Result, mach
     content = {
         "name": name,
         "summary": benchmark.summary,
-        "ratio": result.ratio,
-        "ratio_of": [timing.name for timing in result],
-        "ratio_spread": result.ratio_spread._asdict(),
-        "runs": {timing.name: timing.seconds for timing in result},
-        "spread": {timing.name: spread(timing.seconds)._asdict() for timing in result},
-        "losses": {timing.name: timing.losses for timing in result},
+        "ratios": {
+            timing.name: {
+                "ratio": result.ratio(other),
+                "spread": result.ratio_spread(other)._asdict(),
+                "memory": result.memory_ratio(other),
+            }
+            for other, timing in enumerate(result.timings[1:], 1)
+        },
+        "runs": {timing.name: timing.seconds for timing in result.timings},
+        "spread": {timing.name: spread(timing.seconds)._asdict() for timing in result.timings},
+        "losses": {timing.name: timing.losses for timing in result.timings},
+        "memory": {timing.name: timing.memory for timing in result.timings},
         "warm_up": benchmark.warm_up,
         "tolerance": benchmark.tolerance,
         "machine": dict(machine),

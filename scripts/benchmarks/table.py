@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from scripts.benchmarks import step
+from scripts.benchmarks import geometry_step, step
 from scripts.benchmarks.measuring import Benchmark
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -17,6 +17,16 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         warm_up=2,
         runs=5,
         tolerance=1e-4,
+    ),
+    "geometry_step": Benchmark(
+        summary="DPO gradient with every pair's exact geometry, GPT-2 small, 4 pairs of 128 tokens, float32, against without",
+        extra="train",
+        modules=("flax",),
+        packages=("jax", "jaxlib", "flax"),
+        prepare=geometry_step.prepare,
+        warm_up=2,
+        runs=9,
+        tolerance=1e-5,
     ),
 }
 """Name to benchmark; the first contender is this package."""

@@ -14,7 +14,7 @@ from scripts.benchmarks.table import BENCHMARKS
 def fake(second_loss: float = 0.5, modules: tuple[str, ...] = ("json",)) -> dict[str, Benchmark]:
     def prepare(folder):
         assert folder.is_dir()
-        return Contender("ours", lambda: 0.5), Contender("theirs", lambda: second_loss)
+        return Contender("ours", lambda: 0.5, 3 * 2**29), Contender("theirs", lambda: second_loss, 2**30)
 
     return {"fake": Benchmark("a fake one", "peers", modules, ("jax", "no-such-package"), prepare, 1, 3, 1e-4)}
 
@@ -34,8 +34,10 @@ def test_json_holds_the_measurement(tmp_path, ticking):
     # (2k)^2 - (2k-1)^2 = 4k - 1: k = 1, 2 are the warm-up round; ours has k = 3, 5, 7, theirs k = 4, 6, 8.
     assert content["runs"] == {"ours": [11.0, 19.0, 27.0], "theirs": [15.0, 23.0, 31.0]}
     assert content["spread"]["ours"] == {"lower": 15.0, "median": 19.0, "upper": 23.0}
-    assert content["ratio"] == 19.0 / 23.0
-    assert content["ratio_of"] == ["ours", "theirs"]
+    assert list(content["ratios"]) == ["theirs"]
+    assert content["ratios"]["theirs"]["ratio"] == 19.0 / 23.0
+    assert content["ratios"]["theirs"]["memory"] == 1.5
+    assert content["memory"] == {"ours": 3 * 2**29, "theirs": 2**30}
     assert content["losses"] == {"ours": [0.5] * 4, "theirs": [0.5] * 4}
     assert (content["name"], content["summary"], content["warm_up"], content["tolerance"]) == (
         "fake",
@@ -59,9 +61,9 @@ def test_table_has_median_quartiles_ratio_losses_and_machine(capsys, ticking):
     assert command.main(["fake"], fake()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "fake: a fake one"
-    assert lines[2].split() == ["ours", "19.0000", "15.0000", "..", "23.0000", "3"]
-    assert lines[3].split() == ["theirs", "23.0000", "19.0000", "..", "27.0000", "3"]
-    assert lines[4].startswith("ratio ours / theirs: 0.826 ")
+    assert lines[2].split() == ["ours", "19.0000", "15.0000", "..", "23.0000", "3", "1.50"]
+    assert lines[3].split() == ["theirs", "23.0000", "19.0000", "..", "27.0000", "3", "1.00"]
+    assert lines[4].startswith("ratio ours / theirs: 0.826 ") and ", peak memory 1.500; " in lines[4]
     assert lines[5] == "losses before timing: 0.500000 and 0.500000; equal to 0.0001"
     assert lines[6].startswith("machine: ") and f"jax {jax.__version__}" in lines[6]
 

@@ -55,17 +55,36 @@ def test_warm_up_is_not_timed_but_its_losses_are_kept():
     first = contender("a", clock, [9.0, 1.0, 2.0, 4.0], [0.7, 0.6, 0.5, 0.4])
     second = contender("b", clock, [50.0, 2.0, 8.0, 4.0], [0.7, 0.6, 0.5, 0.4])
     result = measure(benchmark(), (first, second), clock)
-    assert result.first == Timing("a", (0.7, 0.6, 0.5, 0.4), (1.0, 2.0, 4.0))
-    assert result.second == Timing("b", (0.7, 0.6, 0.5, 0.4), (2.0, 8.0, 4.0))
+    assert result.timings[0] == Timing("a", (0.7, 0.6, 0.5, 0.4), (1.0, 2.0, 4.0))
+    assert result.timings[1] == Timing("b", (0.7, 0.6, 0.5, 0.4), (2.0, 8.0, 4.0))
     # Medians 2 and 4. Round by round 1/2, 1/4, 1: sorted 1/4, 1/2, 1, whose quartiles lie halfway between neighbours.
-    assert result.ratio == 0.5
-    assert result.ratio_spread == Spread(0.375, 0.5, 0.75)
+    assert result.ratio() == 0.5
+    assert result.ratio_spread() == Spread(0.375, 0.5, 0.75)
 
 
 def test_ratio_is_of_medians_and_not_of_means():
     # Medians 2 and 1; one slow round would make the means 35 and 1.
-    result = Result(Timing("a", (), (2.0, 101.0, 2.0)), Timing("b", (), (1.0, 1.0, 1.0)))
-    assert result.ratio == 2.0
+    result = Result((Timing("a", (), (2.0, 101.0, 2.0)), Timing("b", (), (1.0, 1.0, 1.0))))
+    assert result.ratio() == 2.0
+
+
+def test_the_first_is_compared_with_every_other_in_time_and_memory():
+    sides = [("a", 6.0, 30), ("b", 3.0, 20), ("c", 8.0, None)]
+    result = Result(tuple(Timing(name, (), (seconds,), memory) for name, seconds, memory in sides))
+    assert [result.ratio(other) for other in (1, 2)] == [2.0, 0.75]
+    assert [result.memory_ratio(other) for other in (1, 2)] == [1.5, None]
+
+
+@pytest.mark.parametrize("third", [1.0, 1.001])
+def test_a_third_contender_must_agree_too(third):
+    clock = Clock()
+    losses = {"a": 1.0, "b": 1.0, "c": third}
+    sides = [contender(n, clock, itertools.repeat(1.0), itertools.repeat(x)) for n, x in losses.items()]
+    if third == 1.0:
+        assert [timing.name for timing in measure(benchmark(), sides, clock).timings] == ["a", "b", "c"]
+    else:
+        with pytest.raises(DisagreementError, match=r"a 1, c 1\.001"):
+            measure(benchmark(), sides, clock)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def test_both_sides_make_the_same_training(tmp_path):
     # optax's AdamW relies on implicit promotion.
     with jax.numpy_dtype_promotion("standard"):
         result = measure(rounds, contenders(tmp_path, config, 3, 16))
-    np.testing.assert_allclose(result.first.losses, result.second.losses, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(result.timings[0].losses, result.timings[1].losses, rtol=0, atol=1e-6)
     # Training moves the loss by far more than they differ, and it is not the log 2 of equal log-ratios.
-    assert result.first.losses[0] - result.first.losses[-1] > 1e-4
-    assert abs(result.first.losses[0] - np.log(2)) > 1e-2
+    assert result.timings[0].losses[0] - result.timings[0].losses[-1] > 1e-4
+    assert abs(result.timings[0].losses[0] - np.log(2)) > 1e-2

@@ -66,14 +66,6 @@ def test_pair_vjp_gives_the_weighted_means_of_the_row_gradients(model):
 
 
 @pytest.mark.usefixtures("x64")
-def test_log_prob_gram_equals_a_loop_of_gradients():
-    params, batch = draw_params("mlp", 4, jnp.float64), draw_pairs(4)
-    gram = jax.jit(lambda q: geometry.log_prob_gram(lambda p: MODELS["mlp"](p, batch).reshape(-1), q))(params)
-    g = row_gradients(MODELS["mlp"], params, batch).reshape(10, -1)
-    np.testing.assert_allclose(gram, g @ g.T, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.usefixtures("x64")
 def test_first_order_changes_are_inner_products_with_the_update():
     params, batch = draw_params("mlp", 5, jnp.float64), draw_pairs(5)
     update = draw_params("mlp", 6, jnp.float64)

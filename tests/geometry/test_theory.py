@@ -185,12 +185,12 @@ def test_token_gram_sums_to_the_pair_geometry():
     theta, offsets = _context(rng, 4, 1, 6)
     pairs = _pair([0, 1, 2, 3], [0, 4, 2, 3])
 
-    @jax.jit
-    def tokens(params):
-        log_probs = jax.nn.log_softmax(params[None] + offsets[0])
-        return jnp.take_along_axis(log_probs, pairs.tokens[0][..., None], -1).reshape(-1)
+    def tokens(params, rows):
+        log_probs = jax.nn.log_softmax(params[None, None] + rows[1])
+        return jnp.take_along_axis(log_probs, rows[0][..., None], -1)[..., 0]
 
-    token_gram = np.asarray(geometry.log_prob_gram(tokens, theta)).reshape(2, 4, 2, 4).sum((1, 3))
+    pair, positions = (pairs.tokens[0], offsets[0]), jnp.tile(jnp.arange(4), (2, 1))
+    token_gram = np.asarray(geometry.token_gram(tokens, theta, pair, positions)).sum((1, 3))
     s = _geometry(_per_position, theta, (pairs, offsets))
     expected = [[s.chosen_sq_norm[0], s.inner_product[0]], [s.inner_product[0], s.rejected_sq_norm[0]]]
     np.testing.assert_allclose(token_gram, np.array(expected), rtol=1e-12)

@@ -1,0 +1,82 @@
+"""The token Gram against gradients of tokens taken one by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from entangle import geometry
+from entangle.types import PairBatch
+from tests import zoo
+from tests.toy import draw_pairs, flatten
+
+MODELS = ("gpt, tied", "llama, scanned and checkpointed", "low-rank adapters")
+
+
+def naive(tokens_fn, params, tokens, positions):
+    def gradient(side, position):
+        return flatten(jax.grad(lambda p: tokens_fn(p, tokens[None])[0, side, position])(params))
+
+    zero = np.zeros_like(flatten(params))
+    g = [gradient(side, p) if p >= 0 else zero for side in (0, 1) for p in positions[side]]
+    return (np.stack(g) @ np.stack(g).T).reshape(2, len(positions[0]), 2, len(positions[0]))
+
+
+def by_token(log_prob_fn):
+    """A model of the zoo with ``select`` replaced, so that one forward gives every token's log-probability."""
+
+    def tokens_fn(params, tokens):
+        found = {}
+
+        def keep(logits, batch):
+            log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits[..., :-1, :]), tokens[..., 1:, None], -1)[..., 0]
+            found["tokens"] = jnp.concatenate([jnp.zeros_like(log_probs[..., :1]), log_probs], -1)
+            return jnp.sum(log_probs, -1)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(zoo, "select", keep)
+            log_prob_fn(params, PairBatch(tokens, jnp.ones(tokens.shape, bool)))
+        return found["tokens"]
+
+    return tokens_fn
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("x64")
+def test_token_gram_equals_gradients_one_by_one(name):
+    log_prob_fn, params = zoo.whole_models(jnp.float64)[name]
+    tokens_fn = by_token(log_prob_fn)
+    tokens = draw_pairs(0).tokens[1]
+    positions = [[2, 3, 7], [4, 1, -1]]
+    gram = jax.jit(lambda p: geometry.token_gram(tokens_fn, p, tokens, jnp.array(positions)))(params)
+    expected = naive(jax.jit(tokens_fn), params, tokens, positions)
+    np.testing.assert_allclose(gram, expected, rtol=1e-10, atol=1e-12 * np.abs(expected).max())
+    assert not np.any(gram[1, 2]) and not np.any(gram[:, :, 1, 2])
+
+
+@pytest.mark.parametrize("kind", ["experts", "several uses", "embedding, clipped", "position table", "sliced"])
+@pytest.mark.usefixtures("x64")
+def test_other_kinds_of_layers(kind):
+    core, shapes = zoo.CORES[kind]
+    params, tokens = zoo.draw(shapes, 0, jnp.float64), draw_pairs(0).tokens[2]
+    tokens_fn = by_token(zoo.around(core))
+    positions = [[2, 5], [3, 1]]
+    gram = jax.jit(lambda p: geometry.token_gram(tokens_fn, p, tokens, jnp.array(positions)))(params)
+    expected = naive(jax.jit(tokens_fn), params, tokens, positions)
+    np.testing.assert_allclose(gram, expected, rtol=1e-10, atol=1e-12 * np.abs(expected).max())
+
+
+@pytest.mark.usefixtures("x64")
+def test_token_gram_sums_to_the_geometry_of_the_pair():
+    """A row's gradient is the sum of its tokens' gradients."""
+    log_prob_fn, params = zoo.whole_models(jnp.float64)["gpt, tied"]
+    tokens_fn = by_token(log_prob_fn)
+    batch = draw_pairs(3)
+    masks = np.asarray(batch.completion_mask[0])
+    count = masks.sum(-1).max()
+    positions = np.stack([np.pad(p, (0, count - len(p)), constant_values=-1) for p in map(np.flatnonzero, masks)])
+    gram = jax.jit(lambda p: geometry.token_gram(tokens_fn, p, batch.tokens[0], positions))(params)
+    one = jax.tree.map(lambda leaf: leaf[:1], batch)
+    s = jax.jit(lambda p: geometry.scan_geometry(log_prob_fn, p, one))(params)
+    sums = np.sum(gram, (1, 3))
+    np.testing.assert_allclose([sums[0, 0], sums[1, 1], sums[0, 1]], np.ravel(s), rtol=1e-10)
