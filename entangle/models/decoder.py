@@ -32,7 +32,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise ``[..., D]`` to ``[..., D]``."""
-        dtype = _at_least_float32(x.dtype)
+        dtype = at_least_float32(x.dtype)
         wide = x.astype(dtype)
         centred = wide - wide.mean(-1, keepdims=True)
         normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
@@ -131,7 +131,7 @@ class Decoder(nnx.Module):
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Map hidden states ``[..., T, D]`` to logits ``[..., T, V]``, summed in at least float32."""
-        dtype = _at_least_float32(hidden.dtype)
+        dtype = at_least_float32(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, self.token_embedding[...], preferred_element_type=dtype)
 
     def logits(self, tokens: jax.Array) -> jax.Array:
@@ -159,13 +159,14 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.
       True
     """
     length, width = query.shape[-3], query.shape[-1]
-    scores = jnp.einsum("nthd,nshd->nhts", query, key, preferred_element_type=_at_least_float32(query.dtype))
+    scores = jnp.einsum("nthd,nshd->nhts", query, key, preferred_element_type=at_least_float32(query.dtype))
     visible = jnp.tril(jnp.ones((length, length), bool))[None, None]
     weights = jax.nn.softmax(jnp.where(visible, scores / math.sqrt(width), -jnp.inf), axis=-1)
     return jnp.einsum("nhts,nshd->nthd", weights.astype(value.dtype), value)
 
 
-def _at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of sums over a floating dtype: float64 for float64, else float32."""
     return dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32)
 
 

@@ -63,7 +63,7 @@ def language_model(config: DecoderConfig) -> LanguageModel:
     def token_log_probs(params: Params, tokens: jax.Array) -> jax.Array:
         decoder = nnx.merge(graph, params)
         # The last position predicts nothing that is asked for; the head is the widest product of a small model.
-        return _next_token_log_probs(decoder.head(decoder.hidden_states(tokens)[..., :-1, :]), tokens)
+        return next_token_log_probs(decoder.head(decoder.hidden_states(tokens)[..., :-1, :]), tokens)
 
     def log_probs(params: Params, batch: PairBatch, /) -> jax.Array:
         per_token = token_log_probs(params, batch.tokens)
@@ -72,7 +72,7 @@ def language_model(config: DecoderConfig) -> LanguageModel:
     return LanguageModel(config, init, logits, token_log_probs, log_probs)
 
 
-def _next_token_log_probs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+def next_token_log_probs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     """Map logits ``[..., T - 1, V]`` and tokens ``[..., T]`` to ``[..., T]`` with 0 at position 0."""
     taken = jnp.take_along_axis(logits, tokens[..., 1:, None], axis=-1)[..., 0]
     later = taken - jax.nn.logsumexp(logits, axis=-1)

@@ -1,0 +1,92 @@
+"""Somebody else's Flax NNX language model, unedited, as the pure function that losses and geometry take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from entangle.errors import UserError
+from entangle.models.decoder import at_least_float32
+from entangle.models.language_model import next_token_log_probs
+from entangle.types import LogProbFn, PairBatch, Params
+
+
+def log_prob_function(
+    module: nnx.Module,
+    *,
+    wrt: Any = nnx.Param,
+    call: Callable[[Any, jax.Array], jax.Array] = lambda module, tokens: module(tokens),
+) -> tuple[LogProbFn, Params]:
+    """Split a module once into its trainable parameters and a pure function of them.
+
+    What ``wrt`` does not choose is frozen. A variable that several layers share is one parameter. Nothing may be written
+    during the call: dropout that draws, batch statistics, key-value caches and sown values are refused by name, since the
+    log-probability of a row would depend on more than parameters and row; ``module.eval()`` turns off the first two.
+
+    Args:
+      module: a language model; rows must not see each other.
+      wrt: a filter of ``nnx``: ``nnx.Param``, ``nnx.LoRAParam`` for adapters on a frozen base, or a predicate.
+      call: function of the module and tokens ``[N, T]`` to next-token logits ``[N, T, V]``.
+
+    Returns:
+      The function of parameters and a PairBatch of leaves ``[B, R, T]`` to ``[B, R]``, in nats, and the parameters as a
+      nested dict.
+
+    Raises:
+      UserError: the filter chooses nothing, or something that is no floating array; when the function is traced: the call
+        writes to a variable, or returns something else than logits.
+
+    Example:
+      >>> class Bigram(nnx.Module):
+      ...     def __init__(self, rngs):
+      ...         self.embed, self.head = nnx.Embed(7, 4, rngs=rngs), nnx.Linear(4, 7, rngs=rngs)
+      ...     def __call__(self, tokens):
+      ...         return self.head(self.embed(tokens))
+      >>> log_prob_fn, params = log_prob_function(Bigram(nnx.Rngs(0)))
+      >>> sorted(params), log_prob_fn(params, PairBatch(jnp.zeros((1, 2, 3), jnp.int32), jnp.ones((1, 2, 3), bool))).shape
+      (['embed', 'head'], (1, 2))
+    """
+    graph, *states = nnx.split(module, wrt, ...)
+    params, frozen = map(nnx.to_pure_dict, states)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise UserError(f"{type(module).__name__}: the filter {wrt!r} chooses no parameter of this module")
+    for path, leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise UserError(
+                f"{type(module).__name__}: parameter {_name(path)} has dtype {leaf.dtype}, not a floating one"
+            )
+
+    def log_prob_fn(params: Params, batch: PairBatch, /) -> jax.Array:
+        merged = nnx.merge(graph, params, frozen)
+        before = nnx.to_pure_dict(nnx.state(merged))
+        tokens = batch.tokens.reshape(-1, batch.tokens.shape[-1])
+        logits = call(merged, tokens)
+        _refuse_writes(module, before, nnx.to_pure_dict(nnx.state(merged)))
+        if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+            raise UserError(
+                f"{type(module).__name__}: logits of shape {logits.shape} for tokens of shape {tokens.shape}"
+            )
+        logits = logits.astype(at_least_float32(logits.dtype))
+        per_token = next_token_log_probs(logits[:, :-1], tokens).reshape(batch.tokens.shape)
+        return jnp.where(batch.completion_mask, per_token, jnp.zeros_like(per_token)).sum(-1)
+
+    return log_prob_fn, params
+
+
+def _refuse_writes(module: nnx.Module, before: Any, after: Any) -> None:
+    old, new = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (before, after))
+    written = [_name(path) for path, leaf in new.items() if old.get(path) is not leaf]
+    if written:
+        raise UserError(
+            f"{type(module).__name__}: the call writes to {', '.join(sorted(written))}; a row's log-probability has to "
+            "depend on parameters and row alone (dropout and batch statistics: module.eval())"
+        )
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
