@@ -95,9 +95,10 @@ class PairProducts:
 
     def rows(self, gradients: jax.Array) -> jax.Array:
         """Sums of products of the two gradients' entries."""
-        chosen, rejected = (_wide(gradients[:, side]).reshape(gradients.shape[0], -1) for side in (0, 1))
+        chosen, rejected = (_wide(gradients[:, side]) for side in (0, 1))
         pairs = ((chosen, chosen), (rejected, rejected), (chosen, rejected))
-        return jnp.stack([jnp.sum(left * right, -1) for left, right in pairs], -1)
+        # no reshape: an axis that is sharded stays one, and only the sums are sent around
+        return jnp.stack([jnp.sum(left * right, tuple(range(1, left.ndim))) for left, right in pairs], -1)
 
 
 def row_operation(
@@ -290,19 +291,25 @@ def _weight_gradient(inputs: jax.Array, outputs: jax.Array, weights: jax.Array) 
 def _gradients_by_rows(
     inputs: jax.Array, outputs: jax.Array, weights: jax.Array, copies: int
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Products ``[B, 3]`` and weighted sums ``[E, I, O]``, one pair's two gradients in memory at a time."""
+    """Products ``[B, 3]`` and weighted sums ``[E, I, O]``, one pair's two gradients in memory at a time.
 
-    def pair(sums: tuple[jax.Array, ...], row: Tree) -> Tree:
-        x, g, w = row
-        gradients = _einsum("reti,reto->reio", x, g)
-        found = PairProducts().rows(gradients[None])[0]
-        weighted = gradients * w.astype(gradients.dtype)[:, None, None, None]
-        parts = (weighted[0] + weighted[1],) if copies == 1 else (weighted[0], weighted[1])
-        return tuple(s + p for s, p in zip(sums, parts, strict=True)), found
+    On a mesh it is one pair a device: pairs that lie on different devices are taken together, so nothing is sent around.
+    """
+    pairs = inputs.shape[0]
+    together = math.gcd(pairs, max(jax.sharding.get_abstract_mesh().size, 1))
+
+    def group(sums: tuple[jax.Array, ...], rows: Tree) -> Tree:
+        x, g, w = rows
+        gradients = _einsum("nreti,nreto->nreio", x, g)
+        w = w.astype(gradients.dtype)
+        sums_of = [_einsum("nr,nreio->eio", *rows) for rows in _per_copy(copies, w, gradients)]
+        return tuple(s + p for s, p in zip(sums, sums_of, strict=True)), PairProducts().rows(gradients)
 
     zeros = jnp.zeros((inputs.shape[2], inputs.shape[4], outputs.shape[4]), accumulator_dtype((inputs, outputs)))
-    sums, found = jax.lax.scan(pair, (zeros,) * copies, (inputs, outputs, weights))
-    return found, sums
+    # pairs of one device are neighbours: [devices, pairs of one] to [pairs of one, devices]
+    split = [jnp.moveaxis(a.reshape(together, -1, *a.shape[1:]), 1, 0) for a in (inputs, outputs, weights)]
+    sums, found = jax.lax.scan(group, (zeros,) * copies, tuple(split))
+    return jnp.moveaxis(found, 0, 1).reshape(pairs, 3), sums
 
 
 def _head_rows(inputs: jax.Array, outputs: jax.Array, link: Link) -> jax.Array:

@@ -1,0 +1,93 @@
+"""Run by test_mesh.py in a process of its own, on 8 virtual devices: values and collectives of sharded programs, as JSON."""
+
+import json
+import os
+import re
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from entangle import geometry
+from entangle.geometry import one_backward
+from tests import zoo
+from tests.toy import draw_pairs, flatten
+
+PAIRS = 8
+COLLECTIVE = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+
+
+def collectives(compiled):
+    """Pairs of operation and shape, one for every array that is sent around."""
+    found = []
+    for shapes, name in re.findall(COLLECTIVE, compiled.as_text()):
+        found += [(name, [int(n) for n in shape.split(",") if n]) for shape in re.findall(r"f64\[([\d,]*)\]", shapes)]
+    return found
+
+
+def spec(path, leaf, sharding):
+    """Where a parameter lies: everywhere, in parts, or by Megatron's rules."""
+    name, lead = jax.tree_util.keystr(path), (None,) * (leaf.ndim - 2)
+    if sharding == "replicated" or leaf.ndim < 2 or "norm" in name:
+        return P()
+    if sharding == "fsdp":
+        return P(*lead, "fsdp", None) if leaf.shape[-2] % 2 == 0 else P(*lead, None, "fsdp")
+    if "out" in name or "down" in name:
+        return P(*lead, "tensor", None)
+    return P() if "embed" in name or leaf.shape[-1] % 2 else P(*lead, None, "tensor")
+
+
+def main():
+    jax.config.update("jax_enable_x64", True)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    d_w, d_l = (jnp.asarray(d) for d in np.random.default_rng(0).standard_normal((2, PAIRS)))
+    cases = [
+        ("gpt, tied", "replicated", False),
+        ("llama, scanned", "replicated", True),
+        ("llama, scanned", "fsdp", True),
+        ("llama, untied", "tensor", True),
+    ]
+    result = {}
+    for name, sharding, rows in cases:
+        log_prob_fn, params = zoo.whole_models(jnp.float64)[name]
+        batch = draw_pairs(0, PAIRS)
+        one_backward.by_rows = lambda *sizes, with_gradient, rows=rows: rows
+
+        def alone(params, batch, model=log_prob_fn):
+            return geometry.pair_geometry(model, params, batch)
+
+        def step(params, batch, model=log_prob_fn):
+            _, pull_back = geometry.vjp_with_geometry(model, params, batch)
+            return pull_back(d_w, d_l)
+
+        def plain(params, batch, model=log_prob_fn):
+            def loss(params):
+                log_probs = model(params, batch)
+                return jnp.mean(d_l * log_probs[:, 1] - d_w * log_probs[:, 0])
+
+            return jax.grad(loss)(params)
+
+        expected = flatten(
+            (
+                jax.jit(plain)(params, batch),
+                jax.jit(geometry.scan_geometry, static_argnums=0)(log_prob_fn, params, batch),
+            )
+        )
+        lie = jax.tree_util.tree_map_with_path(
+            lambda k, leaf, s=sharding: NamedSharding(mesh, spec(k, leaf, s)), params
+        )
+        arguments = jax.device_put(params, lie), jax.device_put(batch, NamedSharding(mesh, P(("data", "fsdp"))))
+        with jax.set_mesh(mesh):
+            compiled = {f.__name__: jax.jit(f).lower(*arguments).compile() for f in (alone, step, plain)}
+        error = np.max(abs(flatten(compiled["step"](*arguments)) - expected) / (np.abs(expected) + 1e-3))
+        sent = {key: collectives(program) for key, program in compiled.items()}
+        result[f"{name}; {sharding}"] = {"error": float(error), **sent}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
