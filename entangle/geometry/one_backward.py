@@ -38,9 +38,10 @@ def vjp_with_geometry(
     summed, while the geometry is that of the log-probabilities themselves. Pull back twice for a rule that needs the
     geometry before it can name the coefficients; the forward is not repeated.
 
-    ``log_prob_fn`` is traced for one row and mapped over rows, so nothing in it may depend on other rows. Any pure
-    function will do, with ``jax.jit``, ``jax.lax.scan`` over stacked layers and ``jax.checkpoint`` inside.
-    :func:`parameter_uses` tells which exact form is taken for each parameter.
+    ``log_prob_fn`` is traced for one row and mapped over rows, so nothing in it may depend on other rows, and with random
+    numbers inside every row draws the same ones. Any pure function will do, with ``jax.jit``, ``jax.lax.scan`` over
+    stacked layers and ``jax.checkpoint`` inside. :func:`parameter_uses` tells which exact form is taken for each
+    parameter.
 
     Args:
       log_prob_fn: pure function of params and a batch of leaves ``[B, R, ...]`` to ``[B, R]``, row by row (LogProbFn).
@@ -57,6 +58,7 @@ def vjp_with_geometry(
       over has fields ``[L, B]``.
 
     Raises:
+      ValueError: batch or log_prob_fn have other shapes than these.
       UnsupportedModelError: a parameter is used in a way whose products have no known short form, and it is larger than
         ``copy_limit``. :func:`scan_geometry` is exact for every model.
 
@@ -265,7 +267,18 @@ def _pairs(batch: Any) -> int:
 class Program:
     """A model's program for one row, and the places where its parameters meet the row."""
 
-    def __init__(self, log_prob_fn: LogProbFn, params: Params, batch: Any, copy_limit: int) -> None:
+    def __init__(
+        self,
+        log_prob_fn: Callable[[Params, Any], jax.Array],
+        params: Params,
+        batch: Any,
+        copy_limit: int,
+        ndim: int = 0,
+    ) -> None:
+        """Trace and plan; ``ndim`` is the rank of what the model returns for one row."""
+        shapes = {leaf.shape[:2] for leaf in jax.tree.leaves(batch)}
+        if len(shapes) != 1 or any(len(shape) < 2 or shape[1] != 2 for shape in shapes):
+            raise ValueError(f"batch: every array needs the leading axes [B, 2] of B pairs, got {sorted(shapes)}")
         named, self.tree = jax.tree_util.tree_flatten_with_path(params)
         self.names = ["params" + jax.tree_util.keystr(path) for path, _ in named]
         self.dtype = accumulator_dtype(params)
@@ -275,6 +288,11 @@ class Program:
 
         row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), batch)
         self.closed = uses.flat_jaxpr(row_fn, params, row)
+        shape = self.closed.out_avals[0].shape
+        if len(shape) != ndim:
+            raise ValueError(
+                f"log_prob_fn: {'a number' if ndim == 0 else '[T]'} is needed for each row, got shape {shape}"
+            )
         self.scope, self.places = uses.find_uses(self.closed.jaxpr, self.names, copy_limit)
 
     def probes(self, *shape: int) -> dict[int, jax.Array]:
@@ -402,7 +420,9 @@ def _apply(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Apply an equation that no parameter meets a row in."""
     if not any(isinstance(value, Weight) for value in inputs):
         return uses.bind(eqn, inputs)
-    (weight,) = inputs  # a view: the planner lets nothing else pass
+    (weight,) = inputs
     if eqn.primitive is primitives.stop_gradient_p:
         return uses.bind(eqn, weight.copies[:1])
+    if not uses.is_view(eqn):
+        raise AssertionError(f"{eqn.primitive.name} of a parameter was not planned")  # rather than a wrong number
     return [Weight(copies) for copies in zip(*(uses.bind(eqn, [copy]) for copy in weight.copies), strict=True)]

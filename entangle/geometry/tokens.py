@@ -42,6 +42,7 @@ def token_gram(
       with that of token m of side j.
 
     Raises:
+      ValueError: pair or token_log_prob_fn have other shapes than these.
       UnsupportedModelError: see :func:`entangle.geometry.vjp_with_geometry`.
 
     References:
@@ -57,7 +58,7 @@ def token_gram(
       -0.333
     """
     batch = jax.tree.map(lambda leaf: leaf[None], pair)
-    program = Program(token_log_prob_fn, params, batch, copy_limit)
+    program = Program(token_log_prob_fn, params, batch, copy_limit, ndim=1)
     count, dtype = positions.shape[1], program.dtype
     runner = Runner(program.places, TokenProducts(count), lambda sizes: False)
 

@@ -30,7 +30,6 @@ _VIEWS = {
     primitives.squeeze_p,
     primitives.copy_p,
     primitives.sharding_constraint_p,
-    primitives.slice_p,
     primitives.broadcast_in_dim_p,
 }
 _INLINED = {primitives.jit_p: "jaxpr", primitives.closed_call_p: "call_jaxpr"}
@@ -297,7 +296,7 @@ class _ScopeFinder:
             self._copy(var, source, eqns)
         elif eqn.primitive is primitives.stop_gradient_p:
             return
-        elif _is_view(eqn) or eqn.primitive.name == "split":
+        elif is_view(eqn):
             for out in eqn.outvars:
                 self.follow(out, source)
         elif eqn.primitive is primitives.remat_p:
@@ -365,7 +364,7 @@ class _ScopeFinder:
             return None
         if eqn.primitive is primitives.transpose_p:
             order = tuple(order[axis] for axis in eqn.params["permutation"])
-        elif eqn.primitive not in (primitives.convert_element_type_p, primitives.copy_p) or not _is_view(eqn):
+        elif eqn.primitive not in (primitives.convert_element_type_p, primitives.copy_p) or not is_view(eqn):
             return index, position, order
         (out,) = eqn.outvars
         self.views.add(out)
@@ -409,14 +408,16 @@ def _live(jaxpr: Any) -> frozenset[int]:
     return frozenset(live)
 
 
-def _is_view(eqn: Any) -> bool:
-    if eqn.primitive not in _VIEWS:
-        return False
+def is_view(eqn: Any) -> bool:
+    """Whether an equation's results are views of its first variable, parts of it that do not overlap included.
+
+    The gradient with respect to a view has the entries of that with respect to the whole, which is zero elsewhere.
+    """
     before, after = eqn.invars[0].aval, eqn.outvars[0].aval
-    if eqn.primitive is primitives.slice_p:
-        return True  # the gradient is zero elsewhere; a stride changes nothing in that
-    same = math.prod(before.shape) == math.prod(after.shape)
-    return len(eqn.invars) == 1 and same and bool(jnp.issubdtype(after.dtype, jnp.floating))
+    if eqn.primitive is primitives.slice_p or eqn.primitive.name == "split":
+        return True
+    same = len(eqn.invars) == 1 and math.prod(before.shape) == math.prod(after.shape)
+    return eqn.primitive in _VIEWS and same and bool(jnp.issubdtype(after.dtype, jnp.floating))
 
 
 def _disjoint_slices(eqns: Sequence[Any]) -> bool:

@@ -273,6 +273,20 @@ def test_coefficients_in_the_geometry_are_noticed(monkeypatch):
     assert errors["chosen"] > 1e-3 and errors["gradient"] < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("batch", "model", "message"),
+    [
+        (jnp.ones((3, 1, 4)), lambda p, x: x @ p, r"batch: .* \[B, 2\] .* got \[\(3, 1\)\]"),
+        ((jnp.ones((3, 2, 4)), jnp.ones(3)), lambda p, x: x[0] @ p, r"batch: .* got \[\(3,\), \(3, 2\)\]"),
+        (jnp.ones((3, 2, 4)), lambda p, x: x * p, r"log_prob_fn: a number .* got shape \(4,\)"),
+    ],
+)
+def test_other_shapes_are_refused(batch, model, message):
+    for function in (geometry.vjp_with_geometry, geometry.pair_geometry):
+        with pytest.raises(ValueError, match=message), jax.numpy_rank_promotion("allow"):
+            function(model, jnp.ones(4), batch)
+
+
 # What has no short form is named.
 
 
