@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from scripts.benchmarks import geometry_step, step
+from scripts.benchmarks import geometry_step, step, token_heatmap
 from scripts.benchmarks.measuring import Benchmark
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -27,6 +27,16 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         warm_up=2,
         runs=9,
         tolerance=1e-5,
+    ),
+    "token_heatmap": Benchmark(
+        summary="cosines of 16 by 16 token gradients of one pair, GPT-2 small, float32, against a PyTorch backward a token",
+        extra="peers",
+        modules=("torch", "transformers"),
+        packages=("jax", "jaxlib", "flax", "torch", "transformers"),
+        prepare=token_heatmap.prepare,
+        warm_up=1,
+        runs=5,
+        tolerance=1e-4,
     ),
 }
 """Name to benchmark; the first contender is this package."""

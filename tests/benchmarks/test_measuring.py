@@ -10,6 +10,7 @@ from scripts.benchmarks.measuring import (
     Spread,
     Timing,
     measure,
+    peak_memory,
     spread,
 )
 
@@ -123,3 +124,8 @@ def test_agreement_is_within_the_tolerance_inclusive():
         else:
             with pytest.raises(DisagreementError):
                 measure(benchmark(tolerance=tolerance), (sides[0], sides[1]), clock)
+
+
+def test_peak_memory_is_that_of_the_work():
+    nothing, array = peak_memory(len, b""), peak_memory(bytearray, 2**27)
+    assert 2**27 <= array - nothing < 2**30

@@ -46,13 +46,13 @@ def main():
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     d_w, d_l = (jnp.asarray(d) for d in np.random.default_rng(0).standard_normal((2, PAIRS)))
     cases = [
-        ("gpt, tied", "replicated", False),
-        ("llama, scanned", "replicated", True),
-        ("llama, scanned", "fsdp", True),
-        ("llama, untied", "tensor", True),
+        ("gpt, tied", "replicated", False, ("alone", "step", "plain")),
+        ("gpt, tied", "fsdp", True, ("step",)),
+        ("llama, scanned", "replicated", True, ("alone", "step", "plain")),
+        ("llama, untied", "tensor", True, ("alone", "step")),
     ]
     result = {}
-    for name, sharding, rows in cases:
+    for name, sharding, rows, programs in cases:
         log_prob_fn, params = zoo.whole_models(jnp.float64)[name]
         batch = draw_pairs(0, PAIRS)
         one_backward.by_rows = lambda *sizes, with_gradient, rows=rows: rows
@@ -82,7 +82,11 @@ def main():
         )
         arguments = jax.device_put(params, lie), jax.device_put(batch, NamedSharding(mesh, P(("data", "fsdp"))))
         with jax.set_mesh(mesh):
-            compiled = {f.__name__: jax.jit(f).lower(*arguments).compile() for f in (alone, step, plain)}
+            compiled = {
+                f.__name__: jax.jit(f).lower(*arguments).compile()
+                for f in (alone, step, plain)
+                if f.__name__ in programs
+            }
         error = np.max(abs(flatten(compiled["step"](*arguments)) - expected) / (np.abs(expected) + 1e-3))
         sent = {key: collectives(program) for key, program in compiled.items()}
         result[f"{name}; {sharding}"] = {"error": float(error), **sent}

@@ -1,0 +1,48 @@
+"""Token gradients as one would take them in PyTorch with ``transformers``: one backward each, all of them kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GPT2LMHeadModel
+from transformers.utils import logging
+
+
+def cosines(folder: Path, tokens: np.ndarray, prompt: int) -> Callable[[], float]:
+    """Make the PyTorch side.
+
+    Args:
+      folder: a GPT-2 checkpoint.
+      tokens: ``[2, T]``.
+      prompt: tokens of the prompt; the gradients of all later ones are taken.
+
+    Returns:
+      A function that returns the mean over all cosines of chosen and rejected tokens.
+    """
+    logging.disable_progress_bar()
+    model = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+    parameters = list(model.parameters())  # the tied matrix once
+    count = tokens.shape[1] - prompt
+
+    def run() -> float:
+        gradients = torch.empty(2, count, sum(p.numel() for p in parameters))
+        for side in (0, 1):
+            row = torch.from_numpy(tokens[side : side + 1]).long()
+            log_probs = torch.log_softmax(model(row).logits[0, :-1], -1)
+            taken = log_probs.gather(-1, row[0, 1:, None])[prompt - 1 :, 0]
+            for index, log_prob in enumerate(taken):
+                found = torch.autograd.grad(log_prob, parameters, retain_graph=True)
+                torch.cat([g.flatten() for g in found], out=gradients[side, index])
+        norms = gradients.norm(dim=-1)
+        products = gradients[0] @ gradients[1].T
+        return float((products / torch.outer(norms[0], norms[1])).mean())
+
+    return run
+
+
+def run_once(folder: Path, tokens: np.ndarray, prompt: int) -> None:
+    """Do the PyTorch side once."""
+    cosines(folder, tokens, prompt)()
