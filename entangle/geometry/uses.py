@@ -103,8 +103,7 @@ def run_jaxpr(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> li
             inner = eqn.params[_INLINED[eqn.primitive]]
             results = run_jaxpr(inner.jaxpr, inner.consts, values)
         elif eqn.primitive is primitives.scan_p:
-            inner = eqn.params["jaxpr"]
-            results, _ = run_scan(eqn, values, _without_more(inner))
+            results, _ = run_scan(eqn, values, _without_more(eqn.params["jaxpr"]))
         elif eqn.primitive is primitives.remat_p:
             results = run_checkpointed(eqn, values, functools.partial(run_jaxpr, eqn.params["jaxpr"], ()))
         else:
@@ -150,7 +149,7 @@ def run_scan(
     Returns:
       The equation's results, and what is carried at the end.
     """
-    consts, carries = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carries = scan_inputs(eqn)
     constant, initial, sliced = values[:consts], values[consts : consts + carries], values[consts + carries :]
 
     def step(carry: Any, slices: Any) -> tuple[Any, Any]:
@@ -160,6 +159,14 @@ def run_scan(
     options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     (last, carried), stacked = jax.lax.scan(step, (list(initial), carried), (list(sliced), sequences), **options)
     return [*last, *stacked], carried
+
+
+def scan_inputs(eqn: Any) -> tuple[int, int]:
+    """How many of a scan's variables are constants, and how many are carried; slices follow."""
+    if "ft_in" in eqn.params:  # JAX 0.12
+        constants, carried, _ = eqn.params["ft_in"].unpack()
+        return len(constants), len(carried)
+    return eqn.params["num_consts"], eqn.params["num_carry"]
 
 
 def run_checkpointed(eqn: Any, values: Sequence[Any], body: Callable[[list[Any]], Any]) -> Any:
@@ -262,11 +269,8 @@ class _ScopeFinder:
             return
         inner = eqn.params["jaxpr"]
         inner = inner if isinstance(inner, core.Jaxpr) else inner.jaxpr
-        carries = (
-            range(eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"])
-            if (eqn.primitive is primitives.scan_p)
-            else range(0)
-        )
+        consts, carried = scan_inputs(eqn) if eqn.primitive is primitives.scan_p else (0, 0)
+        carries = range(consts, consts + carried)
         derived, rows = {}, set()
         for position, (outer, var) in enumerate(zip(eqn.invars, inner.invars, strict=True)):
             if var in weights:
@@ -301,7 +305,7 @@ class _ScopeFinder:
                 self.follow(out, source)
         elif eqn.primitive is primitives.remat_p:
             self.pending.setdefault(index, {})[eqn.params["jaxpr"].invars[position]] = source
-        elif eqn.primitive is primitives.scan_p and position >= eqn.params["num_consts"] + eqn.params["num_carry"]:
+        elif eqn.primitive is primitives.scan_p and position >= sum(scan_inputs(eqn)):
             inner = eqn.params["jaxpr"].jaxpr.invars[position]
             self.pending.setdefault(index, {})[inner] = (source[0], (*source[1], eqn.params["length"]))
         elif self._is_dense(eqn, position):

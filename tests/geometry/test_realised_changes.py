@@ -74,7 +74,8 @@ def _run_once(model, name, hyperparameters, seed, length):
     def after(grads, eta, single):
         return log_prob_fn(jax.tree.map(lambda p, g: p - eta * g, params, grads), single[1])[0]
 
-    realised = jax.vmap(after)(gradients, rate, singles) - log_prob_fn(params, batch)
+    # both by one program, so that a step of length zero changes nothing, bit for bit
+    realised = jax.vmap(after)(gradients, rate, singles) - jax.vmap(after)(gradients, jnp.zeros_like(rate), singles)
     predicted = geometry.predicted_changes(s, *d, rate)
     return [np.stack(predicted, -1), np.asarray(realised), np.stack(d, -1), np.asarray(geometry.case_of(s, *d))]
 
