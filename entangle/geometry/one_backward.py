@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives
+from jax.sharding import PartitionSpec as P
 
-from entangle.geometry import taps, uses
+from entangle.geometry import meshes, taps, uses
 from entangle.geometry.products import accumulator_dtype
 from entangle.geometry.taps import PairProducts, Products, Weight
 from entangle.geometry.uses import COPY_LIMIT, Dense, Lookup, Place, Scope
@@ -80,15 +81,21 @@ def vjp_with_geometry(
     dtype = program.dtype
     runner = Runner(program.places, PairProducts(), lambda sizes: by_rows(*sizes, with_gradient=True))
 
-    def forward(copies: tuple[Params, ...], probes: Mapping[int, jax.Array], scale: jax.Array) -> Any:
+    def forward(batch: Any, copies: tuple[Params, ...], probes: Mapping[int, jax.Array], scale: jax.Array) -> Any:
         return program.run_rows(runner, copies, batch, probes, scale)
 
+    rows = P(meshes.pair_spec(batch), None)
+    forward = functools.partial(meshes.automatic(forward, (rows, rows)), batch)
     copies = (params, params) if apart else (params,)
-    (log_probs, _), pull = jax.vjp(forward, copies, program.probes(pairs, 3), jnp.zeros((pairs, 2), dtype))
+    probes = {
+        n: meshes.placed(zeros, P(*(None,) * (zeros.ndim - 2), *rows)) for n, zeros in program.probes(pairs, 3).items()
+    }
+    unscaled = meshes.placed(jnp.zeros((pairs, 2), dtype), rows)
+    (log_probs, _), pull = jax.vjp(forward, copies, probes, unscaled)
 
     def pull_back(d_w: jax.Array, d_l: jax.Array) -> tuple[Any, Any]:
         scale = jnp.stack([d_w if apart else -d_w, d_l], axis=1).astype(dtype) / pairs
-        gradients, found, _ = pull((jnp.ones_like(log_probs), scale))
+        gradients, found, _ = pull((jnp.ones_like(log_probs), meshes.placed(scale, rows)))
         tree = program.per_parameter(found, pairs)
         return PairGradients(*gradients) if apart else gradients[0], tree if per_parameter else total(tree)
 
@@ -286,8 +293,13 @@ class Program:
         def row_fn(params: Params, row: Any) -> jax.Array:
             return log_prob_fn(params, jax.tree.map(lambda leaf: leaf[None, None], row))[0, 0]
 
-        row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), batch)
-        self.closed = uses.flat_jaxpr(row_fn, params, row)
+        shape_of = lambda leaf, lead: jax.ShapeDtypeStruct(leaf.shape[lead:], leaf.dtype)  # noqa: E731
+        arguments = (
+            jax.tree.map(lambda leaf: shape_of(leaf, 0), params),
+            jax.tree.map(lambda leaf: shape_of(leaf, 2), batch),
+        )
+        with meshes.automatic_mesh():
+            self.closed = uses.flat_jaxpr(row_fn, *arguments)
         shape = self.closed.out_avals[0].shape
         if len(shape) != ndim:
             raise ValueError(

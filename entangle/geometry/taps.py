@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from entangle.errors import UnsupportedModelError
+from entangle.geometry.meshes import summed_where_it_lies
 from entangle.geometry.products import accumulator_dtype
 
 Tree = Any
@@ -63,17 +64,21 @@ def _wide(array: jax.Array) -> jax.Array:
     return array.astype(accumulator_dtype(array))
 
 
+@summed_where_it_lies
+def _gram_products(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
+    def matrix(array: jax.Array, left: int, right: int) -> jax.Array:
+        return _einsum("betk,besk->bets", array[:, left], array[:, right])
+
+    sides = ((0, 0), (1, 1), (0, 1))
+    return jnp.stack([jnp.sum(matrix(inputs, *s) * matrix(cotangents, *s), (1, 2, 3)) for s in sides], -1)
+
+
 class PairProducts:
     """The three products of every pair, ``[B, 3]``: chosen, rejected, chosen with rejected."""
 
     def dense(self, inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
         """Gram form: two ``T x T`` matrices a product, no gradient is formed."""
-
-        def matrix(array: jax.Array, left: int, right: int) -> jax.Array:
-            return _einsum("betk,besk->bets", array[:, left], array[:, right])
-
-        sides = ((0, 0), (1, 1), (0, 1))
-        return jnp.stack([jnp.sum(matrix(inputs, *s) * matrix(cotangents, *s), (1, 2, 3)) for s in sides], -1)
+        return _gram_products(inputs, cotangents)
 
     def lookup(self, ids: jax.Array, valid: jax.Array, cotangents: jax.Array, link: jax.Array | None) -> jax.Array:
         """Products of cotangents at equal ids, and twice those with the tied head where there is one."""
@@ -249,12 +254,11 @@ def dense(
     def plain(rows: Tree, shared: Tree) -> Tree:
         return dot(rows[0], shared[0][0]), rows[1]
 
-    @jax.custom_vjp
-    def batched(rows: Tree, shared: Tree) -> Tree:
-        return _over_rows(plain, in_axes=(0, None))(rows, shared)
+    every_row = _over_rows(plain, in_axes=(0, None))
+    batched = jax.custom_vjp(every_row)
 
     def forward(rows: Tree, shared: Tree) -> tuple[Tree, Tree]:
-        return batched(rows, shared), (rows[0], rows[2], shared[0])
+        return every_row(rows, shared), (rows[0], rows[2], shared[0])
 
     def backward(saved: Tree, cotangents: Tree) -> Tree:
         (x, link, copies), (g, weights) = saved, cotangents
@@ -358,12 +362,11 @@ def lookup(
         array = jnp.zeros((2, ids.shape[0], width), dtype) if tied else None
         return gather(shared[0][0], rows[0]), rows[3], array
 
-    @jax.custom_vjp
-    def batched(rows: Tree, shared: Tree) -> Tree:
-        return _over_rows(plain, in_axes=(0, None))(rows, shared)
+    every_row = _over_rows(plain, in_axes=(0, None))
+    batched = jax.custom_vjp(every_row)
 
     def forward(rows: Tree, shared: Tree) -> tuple[Tree, Tree]:
-        return batched(rows, shared), (*rows[:3], shared[0])
+        return every_row(rows, shared), (*rows[:3], shared[0])
 
     def backward(saved: Tree, cotangents: Tree) -> Tree:
         (indices, ids, valid, copies), (g, weights, link) = saved, cotangents
@@ -399,12 +402,13 @@ def copy(products: Products, weight: Weight, probe: jax.Array, scale: jax.Array)
     def plain(rows: Tree, shared: Tree) -> Tree:
         return shared[0][0], rows
 
-    @jax.custom_vjp
-    def batched(rows: Tree, shared: Tree) -> Tree:
+    def every_row(rows: Tree, shared: Tree) -> Tree:
         return jnp.broadcast_to(shared[0][0], (*rows.shape, *shared[0][0].shape)), rows
 
+    batched = jax.custom_vjp(every_row)
+
     def forward(rows: Tree, shared: Tree) -> tuple[Tree, Tree]:
-        return batched(rows, shared), shared[0]
+        return every_row(rows, shared), shared[0]
 
     def backward(copies: Tree, cotangents: Tree) -> Tree:
         g, weights = cotangents

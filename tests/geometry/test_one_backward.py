@@ -168,6 +168,42 @@ def test_per_parameter_and_by_group():
     )
 
 
+@pytest.mark.parametrize("name", ["gpt, tied", "llama, scanned and checkpointed"])
+@pytest.mark.usefixtures("x64", "form")
+def test_derivatives_of_the_results(name):
+    """Of log-probabilities and geometry with respect to the parameters, e.g. to penalise <g_w, g_l>."""
+    log_prob_fn, params = zoo.whole_models(jnp.float64)[name]
+    batch = pairs(1)
+
+    def results(params):
+        log_probs, pull_back = geometry.vjp_with_geometry(log_prob_fn, params, batch)
+        return jnp.sum(log_probs), jnp.sum(pull_back(*jnp.zeros((2, PAIRS)))[1].inner_product)
+
+    def naive(params):
+        s = geometry.scan_geometry(log_prob_fn, params, batch)
+        return jnp.sum(log_prob_fn(params, batch)), jnp.sum(s.inner_product)
+
+    for which in (0, 1):
+        found, expected = (
+            flatten(jax.jit(jax.grad(lambda p, f=f: f(p)[which]))(params))  # noqa: B023
+            for f in (results, naive)
+        )
+        assert np.linalg.norm(found - expected) < 1e-10 * np.linalg.norm(expected)
+
+
+@pytest.mark.usefixtures("x64", "form")
+def test_several_batches_under_vmap():
+    log_prob_fn, params = zoo.whole_models(jnp.float64)["gpt, tied"]
+    some = [pairs(seed) for seed in (0, 1)]
+    found = jax.vmap(lambda batch: geometry.pair_geometry(log_prob_fn, params, batch))(
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *some)
+    )
+    for i, batch in enumerate(some):
+        expected = geometry.pair_geometry(log_prob_fn, params, batch)
+        for field, value in zip(found, expected, strict=True):
+            np.testing.assert_allclose(field[i], value, rtol=1e-10)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 9])  # of 5 pairs: 2 leaves a remainder, 9 is more than all
 @pytest.mark.usefixtures("x64")
 def test_some_pairs_at_a_time(batch_size):
