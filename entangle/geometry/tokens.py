@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
+from jax.sharding import PartitionSpec as P
 
+from entangle.geometry import meshes
 from entangle.geometry.one_backward import Program, Runner
 from entangle.geometry.products import accumulator_dtype
 from entangle.geometry.uses import COPY_LIMIT
@@ -57,6 +59,17 @@ def token_gram(
       >>> round(float(gram[0, 0, 1, 0]), 3)  # -1/3 for two tokens of three
       -0.333
     """
+    gram = functools.partial(_token_gram, token_log_prob_fn, copy_limit)
+    return meshes.automatic(gram, P())(params, pair, positions)
+
+
+def _token_gram(
+    token_log_prob_fn: Callable[[Params, Any], jax.Array],
+    copy_limit: int,
+    params: Params,
+    pair: Any,
+    positions: jax.Array,
+) -> jax.Array:
     batch = jax.tree.map(lambda leaf: leaf[None], pair)
     program = Program(token_log_prob_fn, params, batch, copy_limit, ndim=1)
     count, dtype = positions.shape[1], program.dtype

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from entangle import geometry
 from entangle.geometry import meshes, one_backward
 from tests import zoo
+from tests.geometry.test_tokens import by_token
 from tests.toy import draw_pairs, flatten
 
 PAIRS = 8
@@ -46,7 +47,7 @@ CASES = [
     ("gpt, tied", "replicated", "gram", AxisType.Auto, ("alone", "step", "plain")),
     ("llama, scanned", "replicated", "rows", AxisType.Explicit, ("alone", "step", "plain")),
     ("gpt, tied", "fsdp", "rows", AxisType.Auto, ("alone", "step", "forward")),
-    ("llama, scanned", "tensor", "gram", AxisType.Explicit, ("alone", "step", "plain")),
+    ("llama, scanned", "tensor", "gram", AxisType.Explicit, ("alone", "step", "plain", "tokens")),
     ("llama, untied", "tensor", "gram", AxisType.Auto, ("alone", "plain")),
     ("llama, untied", "tensor", "rows", AxisType.Auto, ("alone", "plain")),
 ]
@@ -77,6 +78,10 @@ def main():
         def forward(params, batch, model=log_prob_fn):
             return meshes.automatic(model, P(("data", "fsdp")))(params, batch)
 
+        def tokens(params, batch, model=log_prob_fn):
+            pair = meshes.automatic(lambda tokens: tokens[0], P())(batch.tokens)
+            return geometry.token_gram(by_token(model), params, pair, jnp.array([[3, 4], [5, -1]]))
+
         def plain(params, batch, model=forward):
             def loss(params):
                 log_probs = model(params, batch)
@@ -88,6 +93,8 @@ def main():
         expected = {"alone": s}
         if "step" in wanted:
             expected["step"] = (jax.jit(plain)(params, batch), s)
+        if "tokens" in wanted:
+            expected["tokens"] = jax.jit(tokens)(params, batch)
         lie = jax.tree_util.tree_map_with_path(
             lambda k, leaf, mesh=mesh, s=sharding: NamedSharding(mesh, spec(k, leaf, s)), params
         )
@@ -95,7 +102,7 @@ def main():
         with jax.set_mesh(mesh):
             compiled = {
                 f.__name__: jax.jit(f).lower(*arguments).compile()
-                for f in (alone, step, forward, plain)
+                for f in (alone, step, forward, plain, tokens)
                 if f.__name__ in wanted
             }
             found = {key: compiled[key](*arguments) for key in expected}
