@@ -48,7 +48,8 @@ def summed_where_it_lies(
 
     @custom_vmap
     def batchable(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
-        return partitioned(inputs, cotangents)
+        # inside jax.shard_map arrays are parts already
+        return (local if AxisType.Manual in _axis_types() else partitioned)(inputs, cotangents)
 
     @batchable.def_vmap
     def rule(size: int, mapped: Sequence[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:
@@ -83,8 +84,12 @@ def automatic_mesh() -> Iterator[Callable[[Any], Any]]:
 
 
 def has_explicit_axes() -> bool:
-    """Whether the current mesh has Explicit axes, whose shardings are part of every array's type."""
-    return AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    """Whether arrays are typed by how they lie: the current mesh has Explicit axes, outside of ``jax.shard_map``."""
+    return AxisType.Explicit in _axis_types() and AxisType.Manual not in _axis_types()
+
+
+def _axis_types() -> tuple[AxisType, ...]:
+    return jax.sharding.get_abstract_mesh().axis_types
 
 
 def automatic(function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:

@@ -44,7 +44,7 @@ def spec(path, leaf, sharding):
 
 # model, where the parameters lie, form of the dense layers, kind of axes, programs to compile
 CASES = [
-    ("gpt, tied", "replicated", "gram", AxisType.Auto, ("alone", "step", "plain")),
+    ("gpt, tied", "replicated", "gram", AxisType.Auto, ("alone", "step", "plain", "mapped")),
     ("llama, scanned", "replicated", "rows", AxisType.Explicit, ("alone", "step", "plain")),
     ("gpt, tied", "fsdp", "rows", AxisType.Auto, ("alone", "step", "forward")),
     ("llama, scanned", "tensor", "gram", AxisType.Explicit, ("alone", "step", "plain", "tokens")),
@@ -82,6 +82,10 @@ def main():
             pair = meshes.automatic(lambda tokens: tokens[0], P())(batch.tokens)
             return geometry.token_gram(by_token(model), params, pair, jnp.array([[3, 4], [5, -1]]))
 
+        def mapped(params, batch, model=alone):
+            lie = {"in_specs": (P(), P("data")), "out_specs": P("data")}
+            return jax.shard_map(model, **lie, axis_names={"data"}, check_vma=False)(params, batch)
+
         def plain(params, batch, model=forward):
             def loss(params):
                 log_probs = model(params, batch)
@@ -93,6 +97,8 @@ def main():
         expected = {"alone": s}
         if "step" in wanted:
             expected["step"] = (jax.jit(plain)(params, batch), s)
+        if "mapped" in wanted:
+            expected["mapped"] = s
         if "tokens" in wanted:
             expected["tokens"] = jax.jit(tokens)(params, batch)
         lie = jax.tree_util.tree_map_with_path(
@@ -102,7 +108,7 @@ def main():
         with jax.set_mesh(mesh):
             compiled = {
                 f.__name__: jax.jit(f).lower(*arguments).compile()
-                for f in (alone, step, forward, plain, tokens)
+                for f in (alone, step, forward, plain, mapped, tokens)
                 if f.__name__ in wanted
             }
             found = {key: compiled[key](*arguments) for key in expected}
