@@ -17,6 +17,8 @@ from entangle.geometry.products import accumulator_dtype
 from entangle.geometry.uses import COPY_LIMIT
 from entangle.types import Params
 
+OUTPUTS_AT_ONCE = 4096
+
 
 def token_gram(
     token_log_prob_fn: Callable[[Params, Any], jax.Array],
@@ -127,12 +129,25 @@ class TokenProducts:
 
 
 def _dense_gram(cotangents: jax.Array, inputs: jax.Array) -> jax.Array:
-    def block(i: int, j: int) -> jax.Array:
-        left, right = cotangents[:, 0, i], cotangents[:, 0, j]
-        kernel = _einsum("etk,esk->ets", inputs[0, i], inputs[0, j]).astype(right.dtype)
-        return _einsum("neto,meto->nm", left, _einsum("ets,meso->meto", kernel, right).astype(left.dtype))
+    kernels = _einsum("ietk,jesk->eijts", inputs[0], inputs[0]).astype(cotangents.dtype)
 
-    return _blocks(block)
+    def products(part: jax.Array) -> jax.Array:
+        block = lambda i, j: _einsum(  # noqa: E731
+            "neto,meto->nm",
+            part[:, 0, i],
+            _einsum("ets,meso->meto", kernels[:, i, j], part[:, 0, j]).astype(part.dtype),
+        )
+        return _blocks(block)
+
+    # Of a head, the cotangents of all tokens are the largest array of all; a second one of their size is never made.
+    outputs = cotangents.shape[-1]
+    whole, rest = divmod(outputs, OUTPUTS_AT_ONCE)
+    found = products(cotangents[..., outputs - rest :])
+    if whole:
+        take = functools.partial(jax.lax.dynamic_slice_in_dim, cotangents, slice_size=OUTPUTS_AT_ONCE, axis=-1)
+        add = lambda n, sums: sums + products(take(n * OUTPUTS_AT_ONCE))  # noqa: E731
+        found = jax.lax.fori_loop(0, whole, add, found)
+    return found
 
 
 def _lookup_gram(every: tuple[jax.Array, jax.Array | None], shared: tuple[jax.Array, jax.Array]) -> jax.Array:

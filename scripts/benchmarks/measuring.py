@@ -56,7 +56,7 @@ class Benchmark(NamedTuple):
       extra: the extra of the package that it needs.
       modules: modules of that extra.
       packages: distributions whose versions the result records.
-      prepare: makes the contenders, at least two; may write to the temporary folder that it is given.
+      prepare: makes the contenders, one where no other can run; may write to the temporary folder that it is given.
       warm_up: rounds that are checked for agreement and not timed.
       runs: rounds that are timed.
       tolerance: largest difference of the losses of a warm-up round.

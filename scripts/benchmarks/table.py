@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from scripts.benchmarks import geometry_step, step, token_heatmap
+from scripts.benchmarks import geometry_offline, geometry_step, step, token_heatmap
 from scripts.benchmarks.measuring import Benchmark
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -28,12 +28,32 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         runs=9,
         tolerance=1e-5,
     ),
+    "geometry_offline": Benchmark(
+        summary="exact geometry of 64 pairs, GPT-2 small, 15 to 45 tokens a row, float32, against 2 PyTorch backwards a pair",
+        extra="peers",
+        modules=("torch", "transformers"),
+        packages=("jax", "jaxlib", "flax", "torch", "transformers"),
+        prepare=geometry_offline.prepare,
+        warm_up=1,
+        runs=5,
+        tolerance=1e-4,
+    ),
     "token_heatmap": Benchmark(
         summary="cosines of 16 by 16 token gradients of one pair, GPT-2 small, float32, against a PyTorch backward a token",
         extra="peers",
         modules=("torch", "transformers"),
         packages=("jax", "jaxlib", "flax", "torch", "transformers"),
         prepare=token_heatmap.prepare,
+        warm_up=1,
+        runs=5,
+        tolerance=1e-4,
+    ),
+    "token_heatmap_long": Benchmark(
+        summary="cosines of 64 by 64 token gradients of one pair, GPT-2 small, float32; PyTorch would need 59 GiB",
+        extra="train",
+        modules=("flax",),
+        packages=("jax", "jaxlib", "flax"),
+        prepare=token_heatmap.prepare_long,
         warm_up=1,
         runs=5,
         tolerance=1e-4,

@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 from transformers.utils import logging
 
 
-def cosines(folder: Path, tokens: np.ndarray, prompt: int) -> Callable[[], float]:
+def cosines(folder: Path, tokens: np.ndarray, prompt: int) -> Callable[[], np.ndarray]:
     """Make the PyTorch side.
 
     Args:
@@ -20,14 +20,14 @@ def cosines(folder: Path, tokens: np.ndarray, prompt: int) -> Callable[[], float
       prompt: tokens of the prompt; the gradients of all later ones are taken.
 
     Returns:
-      A function that returns the mean over all cosines of chosen and rejected tokens.
+      A function that returns all cosines of chosen and rejected tokens, ``[N, N]``.
     """
     logging.disable_progress_bar()
     model = GPT2LMHeadModel.from_pretrained(folder, attn_implementation="sdpa").eval()
     parameters = list(model.parameters())  # the tied matrix once
     count = tokens.shape[1] - prompt
 
-    def run() -> float:
+    def run() -> np.ndarray:
         gradients = torch.empty(2, count, sum(p.numel() for p in parameters))
         for side in (0, 1):
             row = torch.from_numpy(tokens[side : side + 1]).long()
@@ -38,7 +38,7 @@ def cosines(folder: Path, tokens: np.ndarray, prompt: int) -> Callable[[], float
                 torch.cat([g.flatten() for g in found], out=gradients[side, index])
         norms = gradients.norm(dim=-1)
         products = gradients[0] @ gradients[1].T
-        return float((products / torch.outer(norms[0], norms[1])).mean())
+        return (products / torch.outer(norms[0], norms[1])).numpy()
 
     return run
 

@@ -16,5 +16,5 @@ def test_both_sides_find_the_same_cosines(tmp_path):
     config = DecoderConfig(vocab_size=101, max_positions=32, width=16, layers=2, heads=2)
     ours, theirs = contenders(tmp_path, config, 3)
     assert abs(ours.run() - theirs.run()) < 1e-5
-    assert abs(ours.run()) > 1e-3
+    assert ours.run() > 1e-2
     assert min(ours.memory, theirs.memory) > 2**25

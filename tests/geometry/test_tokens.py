@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from entangle import geometry
+from entangle.geometry import tokens as geometry_tokens
 from entangle.types import PairBatch
 from tests import zoo
 from tests.toy import draw_pairs, flatten
@@ -64,6 +65,14 @@ def test_other_kinds_of_layers(kind):
     gram = jax.jit(lambda p: geometry.token_gram(tokens_fn, p, tokens, jnp.array(positions)))(params)
     expected = naive(jax.jit(tokens_fn), params, tokens, positions)
     np.testing.assert_allclose(gram, expected, rtol=1e-10, atol=1e-12 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("outputs", [3, 8, 16])
+@pytest.mark.usefixtures("x64")
+def test_wide_layers_in_slices_of_their_outputs(monkeypatch, outputs):
+    """Slices that do and do not divide the widths, and one exactly as wide."""
+    monkeypatch.setattr(geometry_tokens, "OUTPUTS_AT_ONCE", outputs)
+    test_token_gram_equals_gradients_one_by_one("gpt, tied")
 
 
 @pytest.mark.usefixtures("x64")
