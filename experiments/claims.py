@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments import token_heatmap
-from experiments.run_tables import Runs, curve, spread
+from experiments.run_tables import Runs, curve, recorded, spread
 
 
 class Verdict(NamedTuple):
@@ -99,20 +99,43 @@ def _cosines(runs: Runs) -> list[Verdict]:
 
 
 def checks(runs: Runs) -> list[Verdict]:
-    """What this project says of its own numbers, whatever the objective."""
+    """What this project says of its own numbers, whatever the objective, as far as the runs recorded it."""
+    return [*_batch_checks(runs), *_probe_checks(runs)]
+
+
+def _batch_checks(runs: Runs) -> list[Verdict]:
+    verdicts = []
+    for kind, by in (
+        ("first_order", "the first-order change under the actual update"),
+        ("predicted", "the pair alone"),
+    ):
+        metric = f"agreement/{kind}"
+        if all(recorded(seeds, metric) for seeds in runs.records.values()):
+            shares = {name: curve(seeds, metric).values.mean(1) for name, seeds in runs.records.items()}
+            text, verdict = f"share of the batches' rows that move in the direction which {by} predicts", "measured"
+            numbers = "; ".join(f"{name} {spread(share, signed=False)}" for name, share in shares.items())
+            verdicts.append(Verdict(text, "training pairs", verdict, numbers))
+    return verdicts
+
+
+def _probe_checks(runs: Runs) -> list[Verdict]:
+    if not all(recorded(seeds, "probe/realised/chosen") for seeds in runs.records.values()):
+        return []
     signs, margins = [], []
     for seeds in runs.records.values():
         moved = []
         for side in ("chosen", "rejected"):
-            predicted, realised = (curve(seeds, f"probe/{kind}_{side}").values for kind in ("predicted", "realised"))
-            signs.append((np.sign(predicted) == np.sign(realised)).mean(1))
+            first_order, realised = (
+                curve(seeds, f"probe/{kind}/{side}").values for kind in ("first_order", "realised")
+            )
+            signs.append((np.sign(first_order) == np.sign(realised)).mean(1))
             moved.append(realised)
         margins.append((moved[0] - moved[1]).sum(1))
     agreement, margin = np.mean(signs, axis=0), np.min(margins, axis=0)
     return [
         Verdict(
             "the first-order change under the actual update has the sign of the realised one in over 95 % of steps",
-            "probe pairs",
+            "probe pairs, their mean",
             judge(agreement > 0.95),
             f"share of steps {spread(agreement)}",
         ),

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import token_heatmap
-from experiments.run_tables import Curve, Runs, curve, read_runs
+from experiments.run_tables import Curve, Runs, curve, read_runs, recorded
 
 # Okabe and Ito's colours keep apart for all common kinds of colour vision; line styles carry the same distinction.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -50,7 +50,8 @@ def draw(out: Path) -> list[Path]:
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        drawn = [_log_probs(runs, folder), _cosine(runs, folder), *_figures_4b(runs, out, folder)]
+        drawn = [_log_probs(runs, folder), _cosine(runs, folder), *_agreement(runs, folder)]
+        drawn += _figures_4b(runs, out, folder)
     return drawn
 
 
@@ -92,6 +93,12 @@ GENERAL = (
 )
 
 
+AGREEMENT = "agreement"
+PREDICTIONS = {"actual update": ("first_order", GREEN, "-"), "pair alone": ("predicted", ORANGE, "--")}
+# A batch has few rows, so that single steps are noise: an average over a twentieth of the run each.
+WINDOWS = 20
+
+
 def titled(runs: Runs) -> tuple[Titled, Titled]:
     """The two figures of curves; the paper's own experiment has the paper's numbers."""
     return PAPER if runs.config["kind"] == "sentiment" else GENERAL
@@ -99,7 +106,7 @@ def titled(runs: Runs) -> tuple[Titled, Titled]:
 
 def names(runs: Runs) -> list[str]:
     """Names of the figures, in the order in which a report shows them."""
-    return [*(figure.file for figure in titled(runs)), *(f"figure_4b_{name}" for name in runs.records)]
+    return [*(figure.file for figure in titled(runs)), AGREEMENT, *(f"figure_4b_{name}" for name in runs.records)]
 
 
 def _save(figure: Figure, path: Path) -> Path:
@@ -124,7 +131,7 @@ def _band(axes: Axes, found: Curve, colour: str, line: str, label: str) -> None:
 def _rows(name: str, series: str, found: Curve) -> Iterable[tuple[Any, ...]]:
     for seed, values in enumerate(found.values):
         for step, value in zip(found.steps, values, strict=True):
-            yield name, series, seed, int(step), float(value)
+            yield name, series, seed, step.item(), float(value)
 
 
 def _subtitle(runs: Runs) -> str:
@@ -169,6 +176,26 @@ def _cosine(runs: Runs, folder: Path) -> Path:
     figure.suptitle(f"{drawn.title}\n({_subtitle(runs)})", fontsize=9)
     _write_csv(folder / f"{drawn.file}.csv", ("set", "metric", "seed", "step", "value"), rows)
     return _save(figure, folder / drawn.file)
+
+
+def _agreement(runs: Runs, folder: Path) -> list[Path]:
+    metrics = {label: f"agreement/{kind}" for label, (kind, _, _) in PREDICTIONS.items()}
+    if not all(recorded(seeds, metric) for metric in metrics.values() for seeds in runs.records.values()):
+        return []
+    figure = Figure(figsize=(max(4.8, 3.2 * len(runs.records)), 3.1), layout="constrained")
+    rows: list[tuple[Any, ...]] = []
+    grid = np.ravel(figure.subplots(1, len(runs.records), sharey=True))
+    for axes, (name, seeds) in zip(grid, runs.records.items(), strict=True):
+        for label, (_, colour, line) in PREDICTIONS.items():
+            found = curve(seeds, metrics[label]).averaged(WINDOWS)
+            _band(axes, found, colour, line, label)
+            rows += _rows(name, label, found)
+        axes.set(title=name, xlabel="step", ylim=(0, 1.02))
+    grid[0].set_ylabel("share of rows, batches of training")
+    grid[0].legend(loc="lower left")
+    figure.suptitle(f"Rows that move in the predicted direction, by what predicts\n({_subtitle(runs)})", fontsize=9)
+    _write_csv(folder / f"{AGREEMENT}.csv", ("set", "prediction", "seed", "step", "share_of_rows"), rows)
+    return [_save(figure, folder / AGREEMENT)]
 
 
 def _figures_4b(runs: Runs, out: Path, folder: Path) -> list[Path]:

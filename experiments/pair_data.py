@@ -51,8 +51,8 @@ def check(settings: PairConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least one is needed")
     if settings.preference.eval_every < 1:
         raise UserError("--preference.eval-every 0: the figures are drawn from the evaluations")
-    if not 1 <= settings.probe_pairs <= settings.held_out_pairs:
-        raise UserError(f"--probe-pairs {settings.probe_pairs}: from 1 to the {settings.held_out_pairs} held-out pairs")
+    if not 0 <= settings.probe_pairs <= settings.held_out_pairs:
+        raise UserError(f"--probe-pairs {settings.probe_pairs}: from 0 to the {settings.held_out_pairs} held-out pairs")
 
 
 def check_size(stage: str, config: StageConfig, count: int, what: str) -> None:

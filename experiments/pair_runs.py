@@ -91,7 +91,12 @@ def run_all(
     sft = stages.likelihood_program(model, settings.sft)
     objective = losses.get_objective(settings.objective, **settings.objective_args)
     preference = stages.preference_program(
-        model, settings.preference, objective, settings.pair_chain, eval_batch=settings.eval_batch
+        model,
+        settings.preference,
+        objective,
+        settings.pair_chain,
+        changes=settings.changes,
+        eval_batch=settings.eval_batch,
     )
     for pair_set, both in pairs.items():
         for seed in range(settings.seeds):

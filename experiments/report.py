@@ -99,7 +99,9 @@ def _table(title: str, verdicts: list[claims.Verdict]) -> list[str]:
 
 
 def _checks(runs: Runs) -> str:
-    return "\n".join(["## Checks of this run", "", *_table("check", claims.checks(runs))])
+    verdicts = claims.checks(runs)
+    rows = _table("check", verdicts) if verdicts else ["None: `--no-changes --probe-pairs 0` record nothing to check."]
+    return "\n".join(["## Checks of this run", "", *rows])
 
 
 def _data(runs: Runs, out: Path) -> str:

@@ -40,6 +40,22 @@ class Curve(NamedTuple):
         """Last value minus first, ``[seeds]``."""
         return np.asarray(self.values[:, -1] - self.values[:, 0])
 
+    def averaged(self, windows: int) -> Curve:
+        """The curve over so many windows of equal length, or over all its steps where they are fewer.
+
+        Example:
+          >>> import numpy as np
+          >>> from experiments.run_tables import Curve
+          >>> found = Curve(np.arange(4), np.array([[0.0, 1.0, 1.0, 1.0]])).averaged(2)
+          >>> found.steps.tolist(), found.values.tolist()
+          ([0.5, 2.5], [[0.5, 1.0]])
+        """
+        parts = np.array_split(np.arange(len(self.steps)), min(windows, len(self.steps)))
+        return Curve(
+            np.array([self.steps[part].mean() for part in parts]),
+            np.stack([self.values[:, part].mean(1) for part in parts], 1),
+        )
+
 
 def read_runs(out: Path) -> Runs:
     """Read the preference runs under an experiment's folder.
@@ -76,6 +92,17 @@ def curve(seeds: Iterable[list[dict[str, Any]]], metric: str) -> Curve:
     if not steps:
         raise UserError(f"no step of every run has the metric {metric}")
     return Curve(np.asarray(steps), np.asarray([[row[step] for step in steps] for row in rows], np.float64))
+
+
+def recorded(seeds: Iterable[list[dict[str, Any]]], metric: str) -> bool:
+    """Whether every seed has the metric at some step.
+
+    Example:
+      >>> from experiments.run_tables import recorded
+      >>> recorded([[{"step": 0, "x": 1.0}], [{"step": 0}]], "x")
+      False
+    """
+    return all(any(metric in record for record in records) for records in seeds)
 
 
 def spread(values: np.ndarray, unit: str = "", *, signed: bool = True) -> str:

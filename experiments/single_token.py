@@ -37,7 +37,10 @@ LEGEND = (
     "Changes from the first to the last evaluation in nats, and the highest evaluation above the first; accuracy, cosine and "
     "share of ideal pairs at the end, on held-out pairs. Mean over seeds (smallest to largest)."
 )
-UNUSED = ("sets", "vocab_size", "base", "sft.steps", "preference.optimizer.name", "preference.optimizer.learning_rate")
+UNUSED = (
+    *("sets", "vocab_size", "base", "sft.steps", "preference.optimizer.name", "preference.optimizer.learning_rate"),
+    "changes",
+)
 COLUMNS = (
     ("held-out chosen", "eval/log_prob/chosen"),
     ("held-out rejected", "eval/log_prob/rejected"),
@@ -108,6 +111,7 @@ def run(settings: SentimentConfig) -> Path:
             objective,
             settings.pair_chain,
             with_geometry=False,
+            changes=False,
             eval_batch=settings.eval_batch,
         )
         for seed in range(settings.seeds):

@@ -96,6 +96,7 @@ def preference_program(
     chain: str,
     *,
     with_geometry: bool = True,
+    changes: bool = True,
     eval_batch: int = 8,
 ) -> PreferenceProgram:
     """Optimizer, compiled step and compiled evaluation of preference optimisation.
@@ -106,6 +107,7 @@ def preference_program(
       objective: margin objective.
       chain: a key of ``training.PAIR_CHAINS``.
       with_geometry: log the exact geometry of every step's batch; evaluations always have it.
+      changes: log what every step did to its own batch, to first order and in fact.
       eval_batch: pairs at a time in scores and evaluations.
     """
     weighting, pair_rule = PAIR_CHAINS[chain]
@@ -114,7 +116,11 @@ def preference_program(
         model.log_probs, objective, with_geometry=with_geometry, pair_rule=pair_rule
     )
     step = training.make_step(
-        gradients, tx, stage.optimizer.schedule(stage.steps), training.probe_changes(model.log_probs)
+        gradients,
+        tx,
+        stage.optimizer.schedule(stage.steps),
+        model.log_probs,
+        batch_changes=changes,
     )
     held_out, seen = (
         training.pair_diagnostics(
@@ -241,7 +247,7 @@ def prefer(
       pairs: both splits.
       identity: what tells this run from others; ``seed`` is the seed of the order.
       tracker: makes the mirror of a run.
-      probe_pairs: size of the fixed probe set, the first held-out pairs.
+      probe_pairs: size of the fixed probe set, the first held-out pairs; 0 for none.
     """
     train, held_out = (PairBatch(jnp.asarray(s.tokens), jnp.asarray(s.completion_mask)) for s in pairs)
     reference, held_out_reference = program.score(start, train), program.score(start, held_out)
@@ -249,7 +255,7 @@ def prefer(
     count = min(len(held_out.tokens), len(train.tokens))
     eval_ = PreferenceExamples(held_out, held_out_reference)
     eval_train = jax.tree.map(lambda leaf: leaf[:count], PreferenceExamples(train, reference))
-    probe = jax.tree.map(lambda leaf: leaf[:probe_pairs], held_out)
+    probe = jax.tree.map(lambda leaf: leaf[:probe_pairs], held_out) if probe_pairs else None
     stage = program.program.stage
     rate = jnp.asarray(stage.optimizer.learning_rate, jnp.float32)
 

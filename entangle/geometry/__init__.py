@@ -3,6 +3,7 @@
 from entangle.geometry.conditions import (
     Case,
     PairChanges,
+    StepChanges,
     case_of,
     condition_1,
     condition_2,
@@ -10,6 +11,7 @@ from entangle.geometry.conditions import (
     cosine,
     first_order_changes,
     predicted_changes,
+    step_changes,
 )
 from entangle.geometry.one_backward import (
     ParameterUse,
@@ -29,6 +31,7 @@ __all__ = [
     "PairChanges",
     "PairGeometry",
     "ParameterUse",
+    "StepChanges",
     "by_group",
     "case_of",
     "condition_1",
@@ -43,6 +46,7 @@ __all__ = [
     "parameter_uses",
     "predicted_changes",
     "scan_geometry",
+    "step_changes",
     "take_side",
     "token_gram",
     "total",

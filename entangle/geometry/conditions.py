@@ -173,7 +173,7 @@ def first_order_changes(log_prob_fn: LogProbFn, params: Params, updates: Params,
     Args:
       log_prob_fn: see :func:`entangle.geometry.vjp_with_geometry`.
       params: parameters before the update.
-      updates: what is added to them, a pytree like params.
+      updates: what is added to them, a pytree like params; wider ones are rounded to the parameters' precision.
       batch: pytree of arrays with leading axes ``[B, 2]``.
 
     Returns:
@@ -187,5 +187,52 @@ def first_order_changes(log_prob_fn: LogProbFn, params: Params, updates: Params,
       >>> change.chosen.tolist(), change.rejected.tolist()
       ([0.0], [0.5])
     """
-    _, changes = jax.jvp(lambda p: log_prob_fn(p, batch), (params,), (updates,))
-    return PairChanges(changes[:, 0], changes[:, 1])
+    return _first_order(log_prob_fn, params, updates, batch)[1]
+
+
+class StepChanges(NamedTuple):
+    """What a step did to the log-probabilities of some pairs.
+
+    Attributes:
+      first_order: ``<g, update>`` of every row, see :func:`first_order_changes`.
+      realised: log-probabilities after minus before.
+    """
+
+    first_order: PairChanges
+    realised: PairChanges
+
+
+def step_changes(
+    log_prob_fn: LogProbFn, params: Params, updates: Params, new_params: Params, batch: Any
+) -> StepChanges:
+    """First-order and realised change of every row under an actual step: one forward-mode derivative and one forward.
+
+    Args:
+      log_prob_fn: see :func:`entangle.geometry.vjp_with_geometry`.
+      params: parameters before the step.
+      updates: what was added to them, a pytree like params.
+      new_params: parameters after it, rounded as they are kept.
+      batch: pytree of arrays with leading axes ``[B, 2]``.
+
+    Returns:
+      Both changes, fields ``[B]``, in nats.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle import geometry
+      >>> features = jnp.array([[[1.0, 0.0], [1.0, 1.0]]])
+      >>> square, p, u = lambda p, x: (x @ p) ** 2, jnp.ones(2), jnp.array([0.0, 0.5])
+      >>> changes = geometry.step_changes(square, p, u, p + u, features)
+      >>> changes.first_order.rejected.tolist(), changes.realised.rejected.tolist()
+      ([2.0], [2.25])
+    """
+    before, first_order = _first_order(log_prob_fn, params, updates, batch)
+    change = log_prob_fn(new_params, batch) - before
+    return StepChanges(first_order, PairChanges(change[:, 0], change[:, 1]))
+
+
+def _first_order(log_prob_fn: LogProbFn, params: Params, updates: Params, batch: Any) -> tuple[jax.Array, PairChanges]:
+    # an optimizer may keep its moments, and so the update, wider than the parameters; a tangent may not be
+    tangents = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
+    log_probs, changes = jax.jvp(lambda p: log_prob_fn(p, batch), (params,), (tangents,))
+    return log_probs, PairChanges(changes[:, 0], changes[:, 1])

@@ -17,7 +17,7 @@ from entangle.training.metrics import means
 from entangle.training.optimizers import OPTIMIZERS, OptimizerConfig
 from entangle.training.run_folder import RunFolder, read_metrics, write_json
 from entangle.training.stage import StageConfig
-from entangle.training.step import TrainState, init_state, make_step, probe_changes
+from entangle.training.step import TrainState, init_state, make_step
 from entangle.training.streams import Batches, MappedBatches
 from entangle.training.tracking import NoTracker, Tracker, WandbTracker
 
@@ -42,7 +42,6 @@ __all__ = [
     "means",
     "pair_diagnostics",
     "preference_gradients",
-    "probe_changes",
     "read_metrics",
     "score_pairs",
     "train",

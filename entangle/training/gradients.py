@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from entangle import geometry, losses, transforms
 from entangle.losses import Coefficients, Objective
-from entangle.training.metrics import Metrics, geometry_metrics, likelihood_metrics, means
+from entangle.training.metrics import Metrics, geometry_metrics, likelihood_metrics
 from entangle.types import LogProbFn, PairBatch, PairGeometry, PairLogProbs, Params
 
 PairRule = Callable[[Coefficients, PairGeometry], Coefficients]
@@ -27,7 +27,7 @@ class GradientResult(NamedTuple):
 
     Attributes:
       gradients: the updates that the optax chain takes: a tree like the parameters, or PairGradients.
-      metrics: name to scalar.
+      metrics: name to ``[B]``, one number an example, or to a scalar of the whole batch; the step takes the means.
       losses: per example, to name the culprit when one is not finite: ``[B]``.
     """
 
@@ -146,7 +146,7 @@ def preference_gradients(
         ``predicted/...`` and ``case/...`` after it.
 
     Returns:
-      A GradientFn over PreferenceExamples whose gradients are PairGradients.
+      A GradientFn over PreferenceExamples whose gradients are PairGradients and whose metrics are per pair.
 
     Raises:
       ValueError: a pair rule without geometry.
@@ -160,8 +160,8 @@ def preference_gradients(
       >>> unigram = lambda p, b: jnp.sum(jnp.where(b.completion_mask, p[b.tokens], 0.0), -1)
       >>> result = preference_gradients(unigram, losses.dpo)(
       ...     jnp.zeros(3), PreferenceExamples(pairs, jnp.zeros((1, 2))), jnp.array(0.1))
-      >>> float(result.metrics["geometry/cosine"]), float(result.metrics["case/ideal"])
-      (0.0, 1.0)
+      >>> result.metrics["geometry/cosine"].tolist(), result.metrics["case/ideal"].tolist()
+      ([0.0], [1.0])
     """
     if pair_rule is not None and not with_geometry:
         raise ValueError("a per-pair rule needs the geometry of every pair: set with_geometry=True")
@@ -180,7 +180,7 @@ def preference_gradients(
             metrics |= geometry_metrics(s, d, learning_rate)
         else:
             pair_gradients = pull_back(*d)
-        return GradientResult(pair_gradients, means(metrics) | {"learning_rate": learning_rate}, loss)
+        return GradientResult(pair_gradients, metrics | {"learning_rate": learning_rate}, loss)
 
     return gradients
 

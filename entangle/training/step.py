@@ -1,7 +1,8 @@
-"""State and the one step function: gradients, optimizer, new parameters, and what the step did to a fixed probe set."""
+"""State and the one step function: gradients, optimizer, new parameters, and what the step did to log-probabilities."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from entangle.geometry import first_order_changes, inner_product
+from entangle.geometry import PairChanges, inner_product, step_changes
 from entangle.training.gradients import GradientFn
-from entangle.training.metrics import Metrics
-from entangle.types import LogProbFn, PairBatch, Params
+from entangle.training.metrics import Metrics, change_metrics, means
+from entangle.types import LogProbFn, Params
 
 
 class TrainState(NamedTuple):
@@ -42,8 +43,6 @@ class StepResult(NamedTuple):
 
 
 StepFn = Callable[[TrainState, Any], tuple[TrainState, StepResult]]
-ProbeFn = Callable[[Any, Params, Params, Params], Metrics]
-"""``(probe, params before, update, params after) -> metrics``."""
 
 
 def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
@@ -58,49 +57,13 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
 
-def probe_changes(log_prob_fn: LogProbFn) -> ProbeFn:
-    """Predicted and realised change of both log-probabilities on a fixed set of pairs, means over its pairs, in nats.
-
-    ``probe/predicted_*`` is the first-order change under the update actually made; ``probe/realised_*`` is the
-    difference of the log-probabilities after and before.
-
-    Args:
-      log_prob_fn: the policy.
-
-    Returns:
-      A function of the probe (a PairBatch that stays the same for the whole run), the parameters before the update, the
-      update, and the parameters after it, to scalars.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from entangle.training.step import probe_changes
-      >>> from entangle.types import PairBatch
-      >>> probe = PairBatch(jnp.array([[[0, 1], [0, 2]]]), jnp.array([[[False, True]] * 2]))
-      >>> linear = lambda p, b: jnp.sum(jnp.where(b.completion_mask, p[b.tokens], 0.0), -1)
-      >>> update = jnp.array([0.0, 0.5, -0.25])
-      >>> m = probe_changes(linear)(probe, jnp.zeros(3), update, update)
-      >>> float(m["probe/predicted_chosen"]), float(m["probe/realised_rejected"])
-      (0.5, -0.25)
-    """
-
-    def probe_fn(probe: PairBatch, before: Params, updates: Params, after: Params) -> Metrics:
-        predicted = first_order_changes(log_prob_fn, before, updates, probe)
-        realised = log_prob_fn(after, probe) - log_prob_fn(before, probe)
-        return {
-            "probe/predicted_chosen": jnp.mean(predicted.chosen),
-            "probe/predicted_rejected": jnp.mean(predicted.rejected),
-            "probe/realised_chosen": jnp.mean(realised[:, 0]),
-            "probe/realised_rejected": jnp.mean(realised[:, 1]),
-        }
-
-    return probe_fn
-
-
 def make_step(
     gradient_fn: GradientFn,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
-    probe_fn: ProbeFn | None = None,
+    log_prob_fn: LogProbFn | None = None,
+    *,
+    batch_changes: bool = True,
 ) -> Callable[..., tuple[TrainState, StepResult]]:
     """The one training step: pure, to be jitted by the caller.
 
@@ -108,11 +71,13 @@ def make_step(
       gradient_fn: likelihood_gradients or preference_gradients.
       tx: the optax chain; for preferences its head is ``transforms.combine_pair``.
       schedule: step -> learning rate, the one inside tx; logged, and used for predictions.
-      probe_fn: what the step did to a fixed probe set, see probe_changes.
+      log_prob_fn: the policy of a preference step. With it the step says what it did to log-probabilities: of its
+        batch, and of a probe where it is given one, see ``metrics.change_metrics``.
+      batch_changes: whether it says so of its batch, at the cost of a forward-mode derivative and a forward.
 
     Returns:
-      A function of state, batch and (with probe_fn) the probe to the next state and a StepResult. The probe is an
-      argument, so that one compiled step serves runs with different probes.
+      A function of state, batch and optionally a PairBatch to probe, to the next state and a StepResult. The probe is an
+      argument, so that one compiled step serves runs with different probes. The new state does not depend on what is said.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -132,9 +97,21 @@ def make_step(
         result = gradient_fn(state.params, batch, learning_rate)
         updates, opt_state = tx.update(result.gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = result.metrics | {"update_norm": jnp.sqrt(inner_product(updates, updates))}
-        if probe_fn is not None:
-            metrics |= probe_fn(probe, state.params, updates, params)
+        metrics = dict(result.metrics)
+        if log_prob_fn is not None:
+            changes = functools.partial(step_changes, log_prob_fn, state.params, updates, params)
+            if batch_changes:
+                metrics |= change_metrics(changes(batch.pairs), _predicted(metrics))
+            if probe is not None:
+                metrics |= {f"probe/{name}": values for name, values in change_metrics(changes(probe)).items()}
+        metrics = means(metrics) | {"update_norm": jnp.sqrt(inner_product(updates, updates))}
         return TrainState(state.step + 1, params, opt_state), StepResult(metrics, result.losses)
 
     return step
+
+
+def _predicted(metrics: Metrics) -> PairChanges | None:
+    """What geometry_metrics, if they were taken, say that every pair alone would do."""
+    if "predicted/chosen" not in metrics:
+        return None
+    return PairChanges(metrics["predicted/chosen"], metrics["predicted/rejected"])

@@ -46,7 +46,8 @@ def test_files_are_there_and_named(finished):
     names = [str(f.relative_to(out)) for f in files]
     sets = ("single_token", "short_suffix", "long_suffix")
     heatmaps = [f"figures/figure_4b_{name}.png" for name in sets]
-    assert names == ["figures/figure_3.png", "figures/figure_4a.png", *heatmaps, "report.md"]
+    curves = [f"figures/{name}.png" for name in ("figure_3", "figure_4a", "agreement")]
+    assert names == [*curves, *heatmaps, "report.md"]
     for file in files:
         assert file.stat().st_size > 0
         assert file.suffix == ".md" or file.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
@@ -91,9 +92,12 @@ def test_first_order_prediction_meets_the_realised_change(finished):
     out, _ = finished
     for seeds in read_runs(out).records.values():
         for side in ("chosen", "rejected"):
-            predicted, realised = (curve(seeds, f"probe/{kind}_{side}").values for kind in ("predicted", "realised"))
-            # float32 log-probabilities of some tens of nats: a difference is good to about 1e-5
-            assert abs(predicted - realised).max() < 1e-4 + 0.2 * abs(realised).max()
+            for rows in ("", "probe/"):
+                first_order, realised = (
+                    curve(seeds, f"{rows}{kind}/{side}").values for kind in ("first_order", "realised")
+                )
+                # float32 log-probabilities of some tens of nats: a difference is good to about 1e-5
+                assert abs(first_order - realised).max() < 1e-4 + 0.2 * abs(realised).max()
 
 
 def test_again_runs_nothing_and_changes_nothing(finished):
@@ -194,7 +198,7 @@ def tweeteval(folder, labels="0\n2\n" * 8, mapping="0\tnegative\n1\tneutral\n2\t
         (["--preference.eval-every", "0"], "the figures are drawn from the evaluations"),
         (["--preference.batch-size", "9999"], "--preference.batch-size 9999: there are only 512 training pairs"),
         (["--base.batch-size", "99999"], "--base.batch-size 99999: there are only"),
-        (["--held-out-pairs", "4"], "--probe-pairs 16: from 1 to the 4 held-out pairs"),
+        (["--held-out-pairs", "4"], "--probe-pairs 16: from 0 to the 4 held-out pairs"),
         (["--label-words", "good", "not good"], "label ' not good' is 2 tokens"),
         (["--preset", "paper"], "--preset paper: name real data"),
         (["--base.optimizer.learning-rate", "nan"], "learning rate nan"),

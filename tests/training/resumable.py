@@ -34,7 +34,7 @@ def main(folder, seconds=0.0, tracker=training.NoTracker, poison=None, stop_at=N
     tx = stage.optimizer.build(stage.steps, transforms.combine_pair(transforms.margin()))
     gradients = training.preference_gradients(log_probs, dpo)
     schedule = stage.optimizer.schedule(stage.steps)
-    jitted = jax.jit(training.make_step(gradients, tx, schedule, training.probe_changes(log_probs)))
+    jitted = jax.jit(training.make_step(gradients, tx, schedule, log_probs))
     keys = jax.random.split(jax.random.key(1))
     params = {"embed": jax.random.normal(keys[0], (11, 6)), "head": 0.3 * jax.random.normal(keys[1], (6, 11))}
     pairs = encoded()
