@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments import token_heatmap
-from experiments.run_tables import Runs, curve, recorded, spread
+from experiments.run_tables import PREDICTIONS, Runs, curve, recorded, spread
 
 
 class Verdict(NamedTuple):
@@ -105,16 +105,13 @@ def checks(runs: Runs) -> list[Verdict]:
 
 def _batch_checks(runs: Runs) -> list[Verdict]:
     verdicts = []
-    for kind, by in (
-        ("first_order", "the first-order change under the actual update"),
-        ("predicted", "the pair alone"),
-    ):
+    for kind, by in PREDICTIONS.items():
         metric = f"agreement/{kind}"
         if all(recorded(seeds, metric) for seeds in runs.records.values()):
             shares = {name: curve(seeds, metric).values.mean(1) for name, seeds in runs.records.items()}
-            text, verdict = f"share of the batches' rows that move in the direction which {by} predicts", "measured"
+            text = f"share of the batches' rows that move as predicted by: {by}"
             numbers = "; ".join(f"{name} {spread(share, signed=False)}" for name, share in shares.items())
-            verdicts.append(Verdict(text, "training pairs", verdict, numbers))
+            verdicts.append(Verdict(text, "training pairs", "measured", numbers))
     return verdicts
 
 

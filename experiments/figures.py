@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import token_heatmap
-from experiments.run_tables import Curve, Runs, curve, read_runs, recorded
+from experiments.run_tables import PREDICTIONS, Curve, Runs, curve, read_runs, recorded
 
 # Okabe and Ito's colours keep apart for all common kinds of colour vision; line styles carry the same distinction.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -94,7 +94,7 @@ GENERAL = (
 
 
 AGREEMENT = "agreement"
-PREDICTIONS = {"actual update": ("first_order", GREEN, "-"), "pair alone": ("predicted", ORANGE, "--")}
+PREDICTION_STYLES = {"first_order": (GREEN, "-"), "predicted_batch": (BLUE, "-."), "predicted": (ORANGE, "--")}
 # A batch has few rows, so that single steps are noise: an average over a twentieth of the run each.
 WINDOWS = 20
 
@@ -179,16 +179,15 @@ def _cosine(runs: Runs, folder: Path) -> Path:
 
 
 def _agreement(runs: Runs, folder: Path) -> list[Path]:
-    metrics = {label: f"agreement/{kind}" for label, (kind, _, _) in PREDICTIONS.items()}
-    if not all(recorded(seeds, metric) for metric in metrics.values() for seeds in runs.records.values()):
+    if not all(recorded(seeds, f"agreement/{kind}") for kind in PREDICTIONS for seeds in runs.records.values()):
         return []
     figure = Figure(figsize=(max(4.8, 3.2 * len(runs.records)), 3.1), layout="constrained")
     rows: list[tuple[Any, ...]] = []
     grid = np.ravel(figure.subplots(1, len(runs.records), sharey=True))
     for axes, (name, seeds) in zip(grid, runs.records.items(), strict=True):
-        for label, (_, colour, line) in PREDICTIONS.items():
-            found = curve(seeds, metrics[label]).averaged(WINDOWS)
-            _band(axes, found, colour, line, label)
+        for kind, label in PREDICTIONS.items():
+            found = curve(seeds, f"agreement/{kind}").averaged(WINDOWS)
+            _band(axes, found, *PREDICTION_STYLES[kind], label)
             rows += _rows(name, label, found)
         axes.set(title=name, xlabel="step", ylim=(0, 1.02))
     grid[0].set_ylabel("share of rows, batches of training")

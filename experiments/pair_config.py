@@ -30,7 +30,7 @@ class PairConfig:
       held_out_pairs: at most so many held-out pairs; all are evaluated.
       probe_pairs: held-out pairs on which first-order and realised changes are compared at every step; 0 for none.
       changes: whether the same is done on the batch's own pairs, beside the prediction from the geometry; it makes a step
-        about 1.7 times as long.
+        about twice as long.
       eval_batch: pairs at a time in scores and evaluations; less takes less memory.
       sft: supervised fine-tuning on the chosen completions.
       preference: preference optimisation.

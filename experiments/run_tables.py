@@ -12,6 +12,13 @@ import numpy as np
 from entangle.errors import UserError
 from entangle.training import read_metrics
 
+# What predicts the changes of ``agreement/...``, in print.
+PREDICTIONS = {
+    "first_order": "actual update",
+    "predicted_batch": "plain step on the batch",
+    "predicted": "plain step on the pair",
+}
+
 
 class Runs(NamedTuple):
     """The preference runs of one experiment.

@@ -1,7 +1,7 @@
 """Per-pair diagnostics of a batch, by name; a run logs their means.
 
 Names are grouped by a slash, as trackers show them: ``log_prob/``, ``reward/``, ``coefficient/``, ``geometry/``, ``case/``,
-``predicted/``, ``first_order/``, ``realised/``, ``agreement/``.
+``predicted/``, ``predicted_batch/``, ``first_order/``, ``realised/``, ``agreement/``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from entangle import geometry
-from entangle.geometry import PairChanges, StepChanges
+from entangle.geometry import PairChanges
 from entangle.losses import Coefficients, log_ratios
 from entangle.losses.log_ratios import as_float32
 from entangle.types import PairGeometry, PairLogProbs
@@ -98,35 +98,33 @@ def geometry_metrics(s: PairGeometry, coefficients: Coefficients, learning_rate:
     }
 
 
-def change_metrics(changes: StepChanges, predicted: PairChanges | None = None) -> Metrics:
+def change_metrics(realised: PairChanges, predictions: dict[str, PairChanges]) -> Metrics:
     """What a step did to both log-probabilities of every pair, and which predictions have its sign.
 
     Args:
-      changes: first-order and realised changes, fields ``[B]``.
-      predicted: what the pair alone would do, see ``geometry.predicted_changes``; None where nobody said.
+      realised: log-probabilities after minus before, fields ``[B]``.
+      predictions: name to what was predicted.
 
     Returns:
-      Name to ``[B]`` array: ``first_order/...`` and ``realised/...`` in nats; ``agreement/first_order`` and
-      ``agreement/predicted``, the share of the pair's two rows whose predicted change has the sign of the realised one.
-      Zero has a sign of its own: a pair whose coefficients are zero predicts no change, and is wrong where others move it.
+      Name to ``[B]`` array: ``realised/...`` and ``NAME/...`` in nats; ``agreement/NAME``, the share of the pair's two
+      rows whose predicted change has the sign of the realised one. Zero has a sign of its own: a pair whose coefficients
+      are zero predicts no change, and is wrong where others move it.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from entangle.geometry import PairChanges, StepChanges
+      >>> from entangle.geometry import PairChanges
       >>> from entangle.training.metrics import change_metrics
       >>> realised = PairChanges(jnp.array([-2.0]), jnp.array([-3.0]))
-      >>> first_order = PairChanges(jnp.array([-1.0]), jnp.array([-2.0]))
-      >>> m = change_metrics(StepChanges(first_order, realised), PairChanges(jnp.array([1.0]), jnp.array([-1.0])))
-      >>> float(m["agreement/first_order"][0]), float(m["agreement/predicted"][0])
+      >>> m = change_metrics(realised, {"predicted": PairChanges(jnp.array([1.0]), jnp.array([-1.0]))})
+      >>> float(m["predicted/chosen"][0]), float(m["agreement/predicted"][0])
       (1.0, 0.5)
     """
-    realised = changes.realised
-    named = {"first_order": changes.first_order, "realised": realised}
-    metrics = {f"{kind}/{side}": values for kind, change in named.items() for side, values in change._asdict().items()}
-    guesses = {"first_order": changes.first_order} | ({} if predicted is None else {"predicted": predicted})
-    for kind, guess in guesses.items():
-        right = [jnp.sign(a) == jnp.sign(b) for a, b in zip(guess, realised, strict=True)]
-        metrics[f"agreement/{kind}"] = jnp.mean(jnp.stack(right), axis=0, dtype=realised.chosen.dtype)
+    metrics: Metrics = {}
+    for name, change in (predictions | {"realised": realised}).items():
+        metrics |= {f"{name}/{side}": values for side, values in change._asdict().items()}
+    for name, change in predictions.items():
+        right = [jnp.sign(a) == jnp.sign(b) for a, b in zip(change, realised, strict=True)]
+        metrics[f"agreement/{name}"] = jnp.mean(jnp.stack(right), axis=0, dtype=realised.chosen.dtype)
     return metrics
 
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from entangle.geometry import PairChanges, inner_product, step_changes
+from entangle.geometry import PairChanges, first_order_changes, inner_product, step_changes
 from entangle.training.gradients import GradientFn
 from entangle.training.metrics import Metrics, change_metrics, means
-from entangle.types import LogProbFn, Params
+from entangle.types import LogProbFn, PairGradients, Params
 
 
 class TrainState(NamedTuple):
@@ -73,7 +73,8 @@ def make_step(
       schedule: step -> learning rate, the one inside tx; logged, and used for predictions.
       log_prob_fn: the policy of a preference step. With it the step says what it did to log-probabilities: of its
         batch, and of a probe where it is given one, see ``metrics.change_metrics``.
-      batch_changes: whether it says so of its batch, at the cost of a forward-mode derivative and a forward.
+      batch_changes: whether it says so of its batch, at the cost of two forward-mode derivatives and a
+          forward.
 
     Returns:
       A function of state, batch and optionally a PairBatch to probe, to the next state and a StepResult. The probe is an
@@ -101,17 +102,28 @@ def make_step(
         if log_prob_fn is not None:
             changes = functools.partial(step_changes, log_prob_fn, state.params, updates, params)
             if batch_changes:
-                metrics |= change_metrics(changes(batch.pairs), _predicted(metrics))
+                first_order, realised = changes(batch.pairs)
+                plain = _plain_step(result.gradients, learning_rate)
+                whole_batch = first_order_changes(log_prob_fn, state.params, plain, batch.pairs)
+                predictions = _predicted(metrics) | {"predicted_batch": whole_batch, "first_order": first_order}
+                metrics |= change_metrics(realised, predictions)
             if probe is not None:
-                metrics |= {f"probe/{name}": values for name, values in change_metrics(changes(probe)).items()}
+                first_order, realised = changes(probe)
+                found = change_metrics(realised, {"first_order": first_order})
+                metrics |= {f"probe/{name}": values for name, values in found.items()}
         metrics = means(metrics) | {"update_norm": jnp.sqrt(inner_product(updates, updates))}
         return TrainState(state.step + 1, params, opt_state), StepResult(metrics, result.losses)
 
     return step
 
 
-def _predicted(metrics: Metrics) -> PairChanges | None:
+def _plain_step(gradients: PairGradients, learning_rate: jax.Array) -> Params:
+    """The update of one plain gradient step on the batch's mean loss."""
+    return jax.tree.map(lambda w, l: learning_rate.astype(w.dtype) * (w - l), gradients.chosen, gradients.rejected)
+
+
+def _predicted(metrics: Metrics) -> dict[str, PairChanges]:
     """What geometry_metrics, if they were taken, say that every pair alone would do."""
     if "predicted/chosen" not in metrics:
-        return None
-    return PairChanges(metrics["predicted/chosen"], metrics["predicted/rejected"])
+        return {}
+    return {"predicted": PairChanges(metrics["predicted/chosen"], metrics["predicted/rejected"])}

@@ -1,11 +1,13 @@
 """What the exact geometry of every pair costs in a training step: one backward with it, without it, and with a scan.
 
-The plain contender is the value and gradient of the mean loss, as one writes it without this package's geometry. The scan
-is the same, and then every pair's two gradients in turn.
+The plain contender is the value and gradient of the mean loss, as one writes it without this package's geometry. The third
+has the geometry and both sides' gradients apart, as pair transforms take them. The scan is the plain one, and then every
+pair's two gradients in turn.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ def prepare(folder: Path) -> tuple[Contender, ...]:
 
 
 def contenders(config: DecoderConfig, pairs: int, length: int) -> tuple[Contender, ...]:
-    """Make the contenders at any size: with geometry, plain, and plain with a scan.
+    """Make the contenders at any size: with geometry, plain, with geometry and both gradients, and plain with a scan.
 
     Args:
       config: shapes of the decoder.
@@ -45,8 +47,8 @@ def contenders(config: DecoderConfig, pairs: int, length: int) -> tuple[Contende
     examples = examples._replace(reference=reference)
     objective = losses.get_objective("dpo", beta=BETA)
 
-    def with_geometry(params: Params, examples: PreferenceExamples) -> Any:
-        log_probs, pull_back = geometry.vjp_with_geometry(model.log_probs, params, examples.pairs)
+    def with_geometry(params: Params, examples: PreferenceExamples, *, apart: bool = False) -> Any:
+        log_probs, pull_back = geometry.vjp_with_geometry(model.log_probs, params, examples.pairs, apart=apart)
         loss, d = losses.loss_and_coefficients(objective, pair_log_probs(log_probs, examples))
         gradient, s = pull_back(d.chosen, d.rejected)
         return loss.mean(), gradient, s
@@ -60,12 +62,13 @@ def contenders(config: DecoderConfig, pairs: int, length: int) -> tuple[Contende
     def scan(params: Params, examples: PreferenceExamples) -> Any:
         return *plain(params, examples), geometry.scan_geometry(model.log_probs, params, examples.pairs)
 
-    functions = {"geometry": with_geometry, "plain": plain, "scan": scan}
+    apart = functools.partial(with_geometry, apart=True)
+    functions = {"geometry": with_geometry, "plain": plain, "apart": apart, "scan": scan}
     compiled = {name: jax.jit(f).lower(params, examples).compile() for name, f in functions.items()}
-    found = [compiled[name](params, examples)[2] for name in ("geometry", "scan")]
-    for one, other in zip(*found, strict=True):
-        np.testing.assert_allclose(one, other, rtol=AGREEMENT, atol=AGREEMENT * float(np.max(found[1].chosen_sq_norm)))
-    del found
+    exact = compiled["scan"](params, examples)[2]
+    for name in ("geometry", "apart"):
+        for one, other in zip(compiled[name](params, examples)[2], exact, strict=True):
+            np.testing.assert_allclose(one, other, rtol=AGREEMENT, atol=AGREEMENT * float(np.max(exact.chosen_sq_norm)))
     return tuple(_contender(name, function, (params, examples)) for name, function in compiled.items())
 
 

@@ -30,6 +30,7 @@ def _seed(rows):
             "step": step,
             **{f"probe/{kind}/{side}": value for side in ("chosen", "rejected") for kind, value in changes.items()},
             "agreement/first_order": shares[0],
+            "agreement/predicted_batch": shares[0],
             "agreement/predicted": shares[1],
         }
         for step, (changes, shares) in enumerate(rows)
@@ -39,7 +40,7 @@ def _seed(rows):
 def test_checks_count_signs_and_average_the_batches_shares():
     right, wrong = {"first_order": 1.0, "realised": 0.5}, {"first_order": -1.0, "realised": 0.5}
     runs = Runs({}, {"a": [_seed([(right, (1.0, 0.5)), (wrong, (0.5, 0.0))]), _seed([(right, (1.0, 1.0))] * 2)]})
-    by_update, alone, signs, margin = claims.checks(runs)
+    by_update, _, alone, signs, margin = claims.checks(runs)
     assert by_update.numbers == "a 0.875 (0.750 to 1.000)" and by_update.verdict == "measured"
     assert alone.numbers == "a 0.625 (0.250 to 1.000)"
     assert signs.verdict == "in 1 of 2 seeds" and signs.numbers == "share of steps +0.750 (+0.500 to +1.000)"

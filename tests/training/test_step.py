@@ -60,6 +60,11 @@ def test_steps_equal_hand_written_optax_steps_on_the_mean_loss():
         np.testing.assert_allclose(metrics["loss"], value, rtol=1e-7)
         np.testing.assert_allclose(metrics["learning_rate"], 0.01 * (1 + i), rtol=1e-6)
         np.testing.assert_allclose(metrics["update_norm"], np.linalg.norm(u), rtol=1e-7)
+        plain = row_gradients(MLP, before, batch.pairs) @ (-0.01 * (1 + i) * flatten(gradient))
+        right = np.sign(plain) == np.sign(np.asarray(MLP(expected, batch.pairs)) - np.asarray(MLP(before, batch.pairs)))
+        np.testing.assert_allclose(metrics["predicted_batch/chosen"], plain[:, 0].mean(), rtol=1e-6)
+        np.testing.assert_allclose(metrics["predicted_batch/rejected"], plain[:, 1].mean(), rtol=1e-6)
+        np.testing.assert_allclose(metrics["agreement/predicted_batch"], np.mean(right), rtol=1e-6)
         for pairs, prefix in ((batch.pairs, ""), (probe, "probe/")):
             first_order = row_gradients(MLP, before, pairs) @ u
             realised = np.asarray(MLP(expected, pairs)) - np.asarray(MLP(before, pairs))
@@ -81,5 +86,5 @@ def test_instrumentation_does_not_change_the_parameters():
     bare, bare_results = _run(instrumented=False)
     np.testing.assert_allclose(flatten(full.params), flatten(bare.params), rtol=1e-12, atol=1e-14)
     extra = set(results[0].metrics) - set(bare_results[0].metrics)
-    groups = {"geometry", "case", "predicted", "first_order", "realised", "agreement", "probe"}
+    groups = {"geometry", "case", "predicted", "predicted_batch", "first_order", "realised", "agreement", "probe"}
     assert {key.split("/")[0] for key in extra} == groups
