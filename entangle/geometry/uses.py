@@ -6,9 +6,10 @@ for each which exact form its products have; what it does not know is refused by
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -101,7 +102,8 @@ def run_jaxpr(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> li
         values = [read(environment, atom) for atom in eqn.invars]
         if eqn.primitive in _INLINED:
             inner = eqn.params[_INLINED[eqn.primitive]]
-            results = run_jaxpr(inner.jaxpr, inner.consts, values)
+            with _as_written(eqn):
+                results = run_jaxpr(inner.jaxpr, inner.consts, values)
         elif eqn.primitive is primitives.scan_p:
             results, _ = run_scan(eqn, values, _without_more(eqn.params["jaxpr"]))
         elif eqn.primitive is primitives.remat_p:
@@ -121,10 +123,19 @@ def read(environment: Mapping[Any, Any], atom: Any) -> Any:
     return atom.val if isinstance(atom, core.Literal) else environment[atom]
 
 
+@contextlib.contextmanager
+def _as_written(eqn: Any) -> Iterator[None]:
+    """Trace as a part of the model's code that an equation comes from; a library's inner equations come from its call."""
+    known = source_info_util.summarize(eqn.source_info) not in ("", "unknown")
+    traceback = (eqn.source_info if known else source_info_util.current()).traceback
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(traceback, name_stack=stack), eqn.ctx.manager:
+        yield
+
+
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Apply one equation, as a part of the model's code that it comes from."""
-    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+    with _as_written(eqn):
         result = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(result) if eqn.primitive.multiple_results else [result]
 
@@ -157,7 +168,8 @@ def run_scan(
         return (results[:carries], more), results[carries:]
 
     options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    (last, carried), stacked = jax.lax.scan(step, (list(initial), carried), (list(sliced), sequences), **options)
+    with _as_written(eqn):
+        (last, carried), stacked = jax.lax.scan(step, (list(initial), carried), (list(sliced), sequences), **options)
     return [*last, *stacked], carried
 
 
@@ -173,7 +185,8 @@ def run_checkpointed(eqn: Any, values: Sequence[Any], body: Callable[[list[Any]]
     """Call under ``jax.checkpoint`` with an equation's own policy."""
     prevent = eqn.params["prevent_cse"]
     prevent = any(prevent) if isinstance(prevent, tuple) else prevent
-    return jax.checkpoint(lambda v: body(v), prevent_cse=prevent, policy=eqn.params["policy"])(list(values))
+    with _as_written(eqn):
+        return jax.checkpoint(lambda v: body(v), prevent_cse=prevent, policy=eqn.params["policy"])(list(values))
 
 
 def find_uses(jaxpr: Any, names: Sequence[str], copy_limit: int = COPY_LIMIT) -> tuple[Scope, list[Place]]:
