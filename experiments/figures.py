@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import token_heatmap
-from experiments.run_tables import PREDICTIONS, Curve, Runs, curve, read_runs, recorded
+from experiments.run_tables import PREDICTIONS, Curve, Runs, all_predictions, curve, read_runs
 
 # Okabe and Ito's colours keep apart for all common kinds of colour vision; line styles carry the same distinction.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -179,7 +179,7 @@ def _cosine(runs: Runs, folder: Path) -> Path:
 
 
 def _agreement(runs: Runs, folder: Path) -> list[Path]:
-    if not all(recorded(seeds, f"agreement/{kind}") for kind in PREDICTIONS for seeds in runs.records.values()):
+    if not all_predictions(runs):
         return []
     figure = Figure(figsize=(max(4.8, 3.2 * len(runs.records)), 3.1), layout="constrained")
     rows: list[tuple[Any, ...]] = []

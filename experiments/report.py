@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from experiments import claims, figures
-from experiments.run_tables import Runs, curve, read_runs, spread
+from experiments.run_tables import PREDICTIONS, Runs, all_predictions, curve, read_runs, spread
 
 CASES = ("ideal", "both_fall", "both_rise", "reversed", "inactive")
 
@@ -29,6 +29,7 @@ def write(out: Path) -> Path:
         _head(runs),
         *claimed,
         _seen(runs),
+        *([_moved(runs)] if all_predictions(runs) else []),
         _checks(runs),
         _cases(runs),
         _pictures(runs, out),
@@ -98,9 +99,29 @@ def _table(title: str, verdicts: list[claims.Verdict]) -> list[str]:
     return [f"| {title} | where | this run | numbers |", "|---|---|---|---|", *rows]
 
 
+def _moved(runs: Runs) -> str:
+    rows = []
+    for name, seeds in runs.records.items():
+        for side in ("chosen", "rejected"):
+            sums = [curve(seeds, f"{kind}/{side}").values.sum(1) for kind in (*PREDICTIONS, "realised")]
+            rows.append(f"| {name} | {side}, nats | " + " | ".join(spread(total) for total in sums) + " |")
+        shares = [curve(seeds, f"agreement/{kind}").values.mean(1) for kind in PREDICTIONS]
+        cells = " | ".join(spread(share, signed=False) for share in shares)
+        rows.append(f"| {name} | share of rows that move so | {cells} | |")
+    text = (
+        "Rows of the training batches: their mean change in nats, summed over all steps, as predicted to first order and as "
+        "realised; and the share of rows, two a pair, whose realised change has the sign of the prediction. The plain steps "
+        "have the optimizer's learning rate: where the optimizer scales gradients, as Adam does, compare their signs alone."
+    )
+    titles = ["set", "", *PREDICTIONS.values(), "realised"]
+    return "\n".join(
+        ["## What moved the rows", "", text, "", "| " + " | ".join(titles) + " |", "|---" * len(titles) + "|", *rows]
+    )
+
+
 def _checks(runs: Runs) -> str:
     verdicts = claims.checks(runs)
-    rows = _table("check", verdicts) if verdicts else ["None: `--no-changes --probe-pairs 0` record nothing to check."]
+    rows = _table("check", verdicts) if verdicts else ["None: without `--probe-pairs` nothing is checked."]
     return "\n".join(["## Checks of this run", "", *rows])
 
 

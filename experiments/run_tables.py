@@ -14,9 +14,9 @@ from entangle.training import read_metrics
 
 # What predicts the changes of ``agreement/...``, in print.
 PREDICTIONS = {
-    "first_order": "actual update",
-    "predicted_batch": "plain step on the batch",
     "predicted": "plain step on the pair",
+    "predicted_batch": "plain step on the batch",
+    "first_order": "actual update",
 }
 
 
@@ -110,6 +110,11 @@ def recorded(seeds: Iterable[list[dict[str, Any]]], metric: str) -> bool:
       False
     """
     return all(any(metric in record for record in records) for records in seeds)
+
+
+def all_predictions(runs: Runs) -> bool:
+    """Whether every run recorded what each of ``PREDICTIONS`` says of the batches' rows."""
+    return all(recorded(seeds, f"agreement/{kind}") for kind in PREDICTIONS for seeds in runs.records.values())
 
 
 def spread(values: np.ndarray, unit: str = "", *, signed: bool = True) -> str:

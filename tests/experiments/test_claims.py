@@ -24,30 +24,22 @@ def test_identical_tokens_are_found_from_the_right_where_labels_differ_in_length
 
 
 def _seed(rows):
-    """Records of as many steps as there are rows of (first-order, realised, agreement by both kinds)."""
+    """Records of as many steps as there are changes, the same on both sides."""
     return [
         {
             "step": step,
-            **{f"probe/{kind}/{side}": value for side in ("chosen", "rejected") for kind, value in changes.items()},
-            "agreement/first_order": shares[0],
-            "agreement/predicted_batch": shares[0],
-            "agreement/predicted": shares[1],
+            **{f"probe/{kind}/{side}": value for side in ("chosen", "rejected") for kind, value in row.items()},
         }
-        for step, (changes, shares) in enumerate(rows)
+        for step, row in enumerate(rows)
     ]
 
 
-def test_checks_count_signs_and_average_the_batches_shares():
+def test_checks_count_the_steps_whose_sign_is_right():
     right, wrong = {"first_order": 1.0, "realised": 0.5}, {"first_order": -1.0, "realised": 0.5}
-    runs = Runs({}, {"a": [_seed([(right, (1.0, 0.5)), (wrong, (0.5, 0.0))]), _seed([(right, (1.0, 1.0))] * 2)]})
-    by_update, _, alone, signs, margin = claims.checks(runs)
-    assert by_update.numbers == "a 0.875 (0.750 to 1.000)" and by_update.verdict == "measured"
-    assert alone.numbers == "a 0.625 (0.250 to 1.000)"
-    assert signs.verdict == "in 1 of 2 seeds" and signs.numbers == "share of steps +0.750 (+0.500 to +1.000)"
+    signs, margin = claims.checks(Runs({}, {"a": [_seed([right, wrong]), _seed([right, right])]}))
+    assert signs.verdict == "in 1 of 2 seeds" and signs.numbers == "share of steps 0.750 (0.500 to 1.000)"
     assert margin.verdict == "not shown"  # both sides move alike
 
 
 def test_checks_leave_out_what_was_not_recorded():
     assert claims.checks(Runs({}, {"a": [[{"step": 0, "loss": 1.0}]]})) == []
-    some = [{"step": 0, "agreement/first_order": 1.0}]
-    assert [v.numbers for v in claims.checks(Runs({}, {"a": [some]}))] == ["a 1.000"]

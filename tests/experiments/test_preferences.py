@@ -65,7 +65,7 @@ def finished(tmp_path_factory, checkpoint):
 def test_files_are_there_and_named(finished):
     asked, files = finished
     names = [str(f.relative_to(asked.out)) for f in files]
-    assert names == ["figures/log_ratios.png", "figures/cosine.png", "report.md"]
+    assert names == ["figures/log_ratios.png", "figures/cosine.png", "figures/agreement.png", "report.md"]
     with (asked.out / "figures" / "log_ratios.csv").open() as file:
         rows = list(csv.DictReader(file))
     records = training.read_metrics(asked.out / "preferences" / "seed0" / "preference")
@@ -78,7 +78,7 @@ def test_the_report_says_what_became_of_the_lines(finished):
     report = (finished[0].out / "report.md").read_text()
     assert "pairs.jsonl: 64 of 65 lines read, 1 bad; pairs.jsonl:65: not JSON" in report
     assert "2410.13828" not in report  # the paper's claims are about its own experiment
-    for name in ("log_ratios", "cosine"):
+    for name in ("log_ratios", "cosine", "agreement"):
         assert f"![{name}](figures/{name}.png)" in report
 
 
@@ -106,8 +106,13 @@ def test_a_held_out_file_takes_its_prompts_from_training(finished, tmp_path):
 def test_without_sft_the_checkpoint_itself_is_the_start(finished, tmp_path):
     asked, _ = finished
     too_large = dataclasses.replace(asked.sft, batch_size=999)  # SFT is left out, so its batch size does not matter
-    asked = dataclasses.replace(asked, out=tmp_path / "out", sft_first=False, sft=too_large)
-    preferences.run(asked)
+    asked = dataclasses.replace(
+        asked, out=tmp_path / "out", sft_first=False, sft=too_large, changes=False, probe_pairs=0
+    )
+    files = preferences.run(asked)
+    # and nothing is recorded of what the steps did, so nothing is drawn or said of it
+    assert [file.name for file in files] == ["log_ratios.png", "cosine.png", "report.md"]
+    assert "What moved the rows" not in files[-1].read_text() and "nothing is checked" in files[-1].read_text()
     assert sorted(p.name for p in (asked.out / "preferences" / "seed0").iterdir()) == ["preference"]
     _, params = models.load_gpt2(asked.model)
     pairs = preferences.gather(asked).pairs

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from entangle import data, models, training
@@ -86,6 +87,17 @@ def test_report_judges_by_the_curves(finished):
     rise = curve(runs.records["single_token"], "eval/log_prob/chosen").change() > 0
     verdict = {0: "not shown", 1: "in 1 of 2 seeds", 2: "shown"}[int(rise.sum())]
     assert f"| single_token: the chosen log-probability rises | Figure 3 | {verdict} |" in report
+
+
+def test_the_report_sums_what_moved_the_rows(finished):
+    out, _ = finished
+    section = (out / "report.md").read_text().split("## What moved the rows")[1].split("##")[0]
+    sums = [
+        sum(record["realised/rejected"] for record in records if "realised/rejected" in record)
+        for records in read_runs(out).records["long_suffix"]
+    ]
+    assert f"{np.mean(sums):+.3f} ({min(sums):+.3f} to {max(sums):+.3f}) |" in section
+    assert section.count("\n| long_suffix") == 3
 
 
 def test_first_order_prediction_meets_the_realised_change(finished):
