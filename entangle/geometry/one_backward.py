@@ -1,24 +1,24 @@
 """One forward and one backward for the training gradient of any margin objective and the exact geometry of every pair.
 
 The model is a plain function: its program is read once (``uses``), every place where a parameter meets a row is replaced
-by an operation whose backward gives that place's products, too (``taps``), and the whole is differentiated as usual.
+by an operation whose backward gives that place's products, too (``taps``, ``program``), and the whole is differentiated as
+usual.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import primitives
 from jax.sharding import PartitionSpec as P
 
-from entangle.geometry import meshes, taps, uses
-from entangle.geometry.products import accumulator_dtype
-from entangle.geometry.taps import PairProducts, Products, Weight
-from entangle.geometry.uses import COPY_LIMIT, Dense, Lookup, Place, Scope
+from entangle.geometry import meshes
+from entangle.geometry.program import Program, Runner, count_pairs
+from entangle.geometry.taps import PairProducts
+from entangle.geometry.uses import COPY_LIMIT, Place
 from entangle.types import LogProbFn, PairGeometry, PairGradients, Params
 
 PullBack = Callable[[jax.Array, jax.Array], tuple[Any, Any]]
@@ -39,10 +39,10 @@ def vjp_with_geometry(
     summed, while the geometry is that of the log-probabilities themselves. Pull back twice for a rule that needs the
     geometry before it can name the coefficients; the forward is not repeated.
 
-    ``log_prob_fn`` is traced for one row and mapped over rows, so nothing in it may depend on other rows, and with random
-    numbers inside every row draws the same ones. Any pure function will do, with ``jax.jit``, ``jax.lax.scan`` over
-    stacked layers and ``jax.checkpoint`` inside. :func:`parameter_uses` tells which exact form is taken for each
-    parameter.
+    ``log_prob_fn`` is traced for one row and mapped over rows, so nothing in it may depend on other rows (a sum over them is
+    refused, see ``independence``), and with random numbers inside every row draws the same ones. Any pure function will
+    do, with ``jax.jit``, ``jax.lax.scan`` over stacked layers and ``jax.checkpoint`` inside. :func:`parameter_uses` tells
+    which exact form is taken for each parameter.
 
     Args:
       log_prob_fn: pure function of params and a batch of leaves ``[B, R, ...]`` to ``[B, R]``, row by row (LogProbFn).
@@ -59,9 +59,9 @@ def vjp_with_geometry(
       over has fields ``[L, B]``.
 
     Raises:
-      ValueError: batch or log_prob_fn have other shapes than these.
-      UnsupportedModelError: a parameter is used in a way whose products have no known short form, and it is larger than
-        ``copy_limit``. :func:`scan_geometry` is exact for every model.
+      ValueError: params, batch, log_prob_fn or the coefficients are something else than these, or of other shapes.
+      UnsupportedModelError: rows see each other; or a parameter is used in a way whose products have no known short form,
+        and it is larger than ``copy_limit``. :func:`scan_geometry` is exact for every model of single rows.
 
     References:
       Yuan et al., arXiv 2410.13828, section 3, for what the products say. Goodfellow, arXiv 1510.01799, for the norm of
@@ -76,9 +76,8 @@ def vjp_with_geometry(
       >>> gradient.tolist(), float(s.rejected_sq_norm[0]), float(s.inner_product[0])
       ([-0.5, 0.5], 2.0, 1.0)
     """
-    pairs = _pairs(batch)
     program = Program(log_prob_fn, params, batch, copy_limit)
-    dtype = program.dtype
+    pairs, dtype = program.pairs, program.dtype
     runner = Runner(program.places, PairProducts(), lambda sizes: by_rows(*sizes, with_gradient=True))
 
     def forward(batch: Any, copies: tuple[Params, ...], probes: Mapping[int, jax.Array], scale: jax.Array) -> Any:
@@ -94,9 +93,11 @@ def vjp_with_geometry(
     (log_probs, _), pull = jax.vjp(forward, copies, probes, unscaled)
 
     def pull_back(d_w: jax.Array, d_l: jax.Array) -> tuple[Any, Any]:
+        if jnp.shape(d_w) != (pairs,) or jnp.shape(d_l) != (pairs,):
+            raise ValueError(f"d_w, d_l: a number for each of {pairs} pairs, got {jnp.shape(d_w)}, {jnp.shape(d_l)}")
         scale = jnp.stack([d_w if apart else -d_w, d_l], axis=1).astype(dtype) / pairs
         gradients, found, _ = pull((jnp.ones_like(log_probs), meshes.placed(scale, rows)))
-        tree = program.per_parameter(found, pairs)
+        tree = program.per_parameter(found)
         return PairGradients(*gradients) if apart else gradients[0], tree if per_parameter else total(tree)
 
     return log_probs, pull_back
@@ -125,6 +126,7 @@ def pair_geometry(
       PairGeometry of fields ``[B]``, float32 (float64 for float64 parameters), or a tree of them.
 
     Raises:
+      ValueError: batch_size is below 1, or as :func:`vjp_with_geometry`.
       UnsupportedModelError: see :func:`vjp_with_geometry`.
 
     Example:
@@ -137,10 +139,12 @@ def pair_geometry(
 
     def some(batch: Any) -> Any:
         _, pull_back = vjp_with_geometry(log_prob_fn, params, batch, per_parameter=per_parameter, copy_limit=copy_limit)
-        unused = jnp.zeros(_pairs(batch))
+        unused = jnp.zeros(count_pairs(batch))
         return pull_back(unused, unused)[1]
 
-    pairs = _pairs(batch)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: at least 1 pair at a time, got {batch_size}")
+    pairs = count_pairs(batch)
     if batch_size is None or batch_size >= pairs:
         return some(batch)
     whole = pairs // batch_size * batch_size
@@ -265,176 +269,3 @@ def by_rows(e: int, t: int, i: int, o: int, *, with_gradient: bool) -> bool:
       with_gradient: whether the weight's gradient is wanted, too.
     """
     return 3 * t * (i + o) >= (1 if with_gradient else 2) * i * o
-
-
-def _pairs(batch: Any) -> int:
-    return jax.tree.leaves(batch)[0].shape[0]
-
-
-class Program:
-    """A model's program for one row, and the places where its parameters meet the row."""
-
-    def __init__(
-        self,
-        log_prob_fn: Callable[[Params, Any], jax.Array],
-        params: Params,
-        batch: Any,
-        copy_limit: int,
-        ndim: int = 0,
-    ) -> None:
-        """Trace and plan; ``ndim`` is the rank of what the model returns for one row."""
-        shapes = {leaf.shape[:2] for leaf in jax.tree.leaves(batch)}
-        if len(shapes) != 1 or any(len(shape) < 2 or shape[1] != 2 for shape in shapes):
-            raise ValueError(f"batch: every array needs the leading axes [B, 2] of B pairs, got {sorted(shapes)}")
-        named, self.tree = jax.tree_util.tree_flatten_with_path(params)
-        self.names = ["params" + jax.tree_util.keystr(path) for path, _ in named]
-        self.dtype = accumulator_dtype(params)
-
-        def row_fn(params: Params, row: Any) -> jax.Array:
-            return log_prob_fn(params, jax.tree.map(lambda leaf: leaf[None, None], row))[0, 0]
-
-        shape_of = lambda leaf, lead: jax.ShapeDtypeStruct(leaf.shape[lead:], leaf.dtype)  # noqa: E731
-        arguments = (
-            jax.tree.map(lambda leaf: shape_of(leaf, 0), params),
-            jax.tree.map(lambda leaf: shape_of(leaf, 2), batch),
-        )
-        with meshes.automatic_mesh():
-            self.closed = uses.flat_jaxpr(row_fn, *arguments)
-        shape = self.closed.out_avals[0].shape
-        if len(shape) != ndim:
-            raise ValueError(
-                f"log_prob_fn: {'a number' if ndim == 0 else '[T]'} is needed for each row, got shape {shape}"
-            )
-        self.scope, self.places = uses.find_uses(self.closed.jaxpr, self.names, copy_limit)
-
-    def probes(self, *shape: int) -> dict[int, jax.Array]:
-        """A zero array for every place: of the given shape, behind the lengths of the scans around the place."""
-        return {number: jnp.zeros((*place.lengths, *shape), self.dtype) for number, place in enumerate(self.places)}
-
-    def run_rows(
-        self,
-        runner: Runner,
-        copies: tuple[Params, ...],
-        batch: Any,
-        probes: Mapping[int, jax.Array],
-        scale: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        """The model's results for rows with leading axes ``[B, 2]``, and scale ``[B, 2]`` as it came in."""
-        weights = [Weight(leaves) for leaves in zip(*map(jax.tree.leaves, copies), strict=True)]
-
-        def run(row: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-            values = [*weights, *jax.tree.leaves(row)]
-            (result,), scale = runner.run(self.scope, self.closed.consts, values, probes, scale)
-            return result, scale
-
-        return jax.vmap(jax.vmap(run))(batch, scale)
-
-    def per_parameter(self, found: Mapping[int, jax.Array], pairs: int) -> Any:
-        """A tree of PairGeometry from what every place found, ``[..., B, 3]``."""
-        leaves = []
-        for leaf in range(len(self.names)):
-            arrays = [found[number] for number, place in enumerate(self.places) if place.leaf == leaf]
-            if len({array.shape for array in arrays}) > 1:  # in a scan here, outside of it there
-                arrays = [array.reshape(-1, pairs, 3).sum(0) for array in arrays]
-            whole = functools.reduce(jnp.add, arrays) if arrays else jnp.zeros((pairs, 3), self.dtype)
-            leaves.append(PairGeometry(whole[..., 0], whole[..., 1], whole[..., 2]))
-        return jax.tree.unflatten(self.tree, leaves)
-
-
-class Runner:
-    """Evaluates a planned program on one row."""
-
-    def __init__(self, places: Sequence[Place], products: Products, by_rows: Callable[[tuple[int, ...]], bool]) -> None:
-        """See ``taps`` for products; ``by_rows`` tells which dense places form row gradients, from E, T, I and O."""
-        self.places, self.products, self.by_rows = places, products, by_rows
-
-    def run(
-        self,
-        scope: Scope,
-        consts: Iterable[Any],
-        values: Iterable[Any],
-        probes: Mapping[int, jax.Array],
-        scale: jax.Array,
-    ) -> tuple[list[Any], jax.Array]:
-        """Results of a scope and scale; parameters come in as Weight, and stay so until they meet the row."""
-        environment: dict[Any, Any] = {}
-        links: dict[int, taps.Link] = {}
-
-        def write(variables: Iterable[Any], values: Iterable[Any], scale: jax.Array) -> jax.Array:
-            for var, value in zip(variables, values, strict=True):
-                if var in scope.copies:
-                    value, scale = taps.copy(self.products, value, probes[scope.copies[var]], scale)
-                environment[var] = value
-            return scale
-
-        scale = write((*scope.jaxpr.constvars, *scope.jaxpr.invars), (*consts, *values), scale)
-        for index, eqn in enumerate(scope.jaxpr.eqns):
-            if index not in scope.live:
-                continue
-            inputs = [uses.read(environment, atom) for atom in eqn.invars]
-            plan = scope.equations.get(index)
-            if isinstance(plan, Dense):
-                link = None if plan.tied is None else links[plan.tied]
-                result, scale = self._dense(eqn, plan, inputs, probes[plan.place], scale, link)
-                results = [result]
-            elif isinstance(plan, Lookup):
-                result, scale, links[index] = self._lookup(eqn, plan, inputs, probes[plan.place], scale)
-                results = [result]
-            elif isinstance(plan, Scope):
-                results, scale = self._inner(eqn, plan, inputs, probes, scale)
-            else:
-                results = _apply(eqn, inputs)
-            scale = write(eqn.outvars, results, scale)
-        return [uses.read(environment, atom) for atom in scope.jaxpr.outvars], scale
-
-    def _dense(
-        self, eqn: Any, plan: Dense, inputs: Sequence[Any], probe: jax.Array, scale: jax.Array, link: taps.Link | None
-    ) -> tuple[jax.Array, jax.Array]:
-        side = plan.axes.side
-
-        def dot(x: jax.Array, u: jax.Array) -> jax.Array:
-            (result,) = uses.bind(eqn, (x, u) if side else (u, x))
-            return result
-
-        rows = link is None and self.by_rows(self.places[plan.place].sizes)
-        return taps.dense(dot, plan.axes, self.products, rows, inputs[1 - side], inputs[side], probe, scale, link)
-
-    def _lookup(
-        self, eqn: Any, plan: Lookup, inputs: Sequence[Any], probe: jax.Array, scale: jax.Array
-    ) -> tuple[jax.Array, jax.Array, Any]:
-        def gather(table: jax.Array, indices: jax.Array) -> jax.Array:
-            (result,) = uses.bind(eqn, (table, indices))
-            return result
-
-        table, indices = inputs
-        ids, valid = uses.read_ids(eqn, indices)
-        return taps.lookup(gather, self.products, indices, ids, valid, table, probe, scale, plan.tied)
-
-    def _inner(
-        self, eqn: Any, plan: Scope, inputs: Sequence[Any], probes: Mapping[int, jax.Array], scale: jax.Array
-    ) -> tuple[list[Any], jax.Array]:
-        mine = {number: probes[number] for number in _places_in(plan)}
-        if eqn.primitive is primitives.scan_p:
-            consts = eqn.params["jaxpr"].consts
-            body = lambda values, scale, probes: self.run(plan, consts, values, probes, scale)  # noqa: E731
-            return uses.run_scan(eqn, inputs, body, scale, mine)
-        return uses.run_checkpointed(eqn, (inputs, mine, scale), lambda given: self.run(plan, (), *given))
-
-
-def _places_in(scope: Scope) -> list[int]:
-    places = set(scope.copies.values())
-    for plan in scope.equations.values():
-        places.update(_places_in(plan) if isinstance(plan, Scope) else [plan.place])
-    return sorted(places)
-
-
-def _apply(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
-    """Apply an equation that no parameter meets a row in."""
-    if not any(isinstance(value, Weight) for value in inputs):
-        return uses.bind(eqn, inputs)
-    (weight,) = inputs
-    if eqn.primitive is primitives.stop_gradient_p:
-        return uses.bind(eqn, weight.copies[:1])
-    if not uses.is_view(eqn):
-        raise AssertionError(f"{eqn.primitive.name} of a parameter was not planned")  # rather than a wrong number
-    return [Weight(copies) for copies in zip(*(uses.bind(eqn, [copy]) for copy in weight.copies), strict=True)]

@@ -12,8 +12,8 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 
 from entangle.geometry import meshes
-from entangle.geometry.one_backward import Program, Runner
 from entangle.geometry.products import accumulator_dtype
+from entangle.geometry.program import Program, Runner
 from entangle.geometry.uses import COPY_LIMIT
 from entangle.types import Params
 

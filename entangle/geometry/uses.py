@@ -6,19 +6,18 @@ for each which exact form its products have; what it does not know is refused by
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core, source_info_util
+from jax.extend import core
 from jax.extend.core import primitives
 
 from entangle.errors import UnsupportedModelError
-from entangle.geometry.taps import DenseAxes
+from entangle.geometry import jaxprs
+from entangle.geometry.dense_axes import DenseAxes
 
 COPY_LIMIT = 2**20
 """Largest parameter, in numbers, of which every row is given a copy when no shorter form of its products is known."""
@@ -33,7 +32,6 @@ _VIEWS = {
     primitives.sharding_constraint_p,
     primitives.broadcast_in_dim_p,
 }
-_INLINED = {primitives.jit_p: "jaxpr", primitives.closed_call_p: "call_jaxpr"}
 
 
 class Place(NamedTuple):
@@ -85,110 +83,6 @@ class Scope(NamedTuple):
     equations: dict[int, Dense | Lookup | Scope]
 
 
-def flat_jaxpr(function: Callable[..., Any], *arguments: Any) -> core.ClosedJaxpr:
-    """Trace a function and write out its inner calls, so that every use of a variable stands in one list.
-
-    Only scans and checkpointed parts keep a jaxpr of their own, written out in the same way.
-    """
-    closed = jax.make_jaxpr(function)(*arguments)
-    flat = jax.tree.leaves(arguments)
-    return jax.make_jaxpr(lambda *a: run_jaxpr(closed.jaxpr, closed.consts, a))(*flat)
-
-
-def run_jaxpr(jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any]) -> list[Any]:
-    """Evaluate a jaxpr with its inner calls written out."""
-    environment = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
-    for eqn in jaxpr.eqns:
-        values = [read(environment, atom) for atom in eqn.invars]
-        if eqn.primitive in _INLINED:
-            inner = eqn.params[_INLINED[eqn.primitive]]
-            with _as_written(eqn):
-                results = run_jaxpr(inner.jaxpr, inner.consts, values)
-        elif eqn.primitive is primitives.scan_p:
-            results, _ = run_scan(eqn, values, _without_more(eqn.params["jaxpr"]))
-        elif eqn.primitive is primitives.remat_p:
-            results = run_checkpointed(eqn, values, functools.partial(run_jaxpr, eqn.params["jaxpr"], ()))
-        else:
-            results = bind(eqn, values)
-        environment.update(zip(eqn.outvars, results, strict=True))
-    return [read(environment, atom) for atom in jaxpr.outvars]
-
-
-def _without_more(inner: core.ClosedJaxpr) -> Callable[[list[Any], Any, Any], tuple[list[Any], Any]]:
-    return lambda values, carried, _: (run_jaxpr(inner.jaxpr, inner.consts, values), carried)
-
-
-def read(environment: Mapping[Any, Any], atom: Any) -> Any:
-    """Value of a variable or a literal."""
-    return atom.val if isinstance(atom, core.Literal) else environment[atom]
-
-
-@contextlib.contextmanager
-def _as_written(eqn: Any) -> Iterator[None]:
-    """Trace as a part of the model's code that an equation comes from; a library's inner equations come from its call."""
-    known = source_info_util.summarize(eqn.source_info) not in ("", "unknown")
-    traceback = (eqn.source_info if known else source_info_util.current()).traceback
-    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(traceback, name_stack=stack), eqn.ctx.manager:
-        yield
-
-
-def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Apply one equation, as a part of the model's code that it comes from."""
-    with _as_written(eqn):
-        result = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return list(result) if eqn.primitive.multiple_results else [result]
-
-
-def run_scan(
-    eqn: Any,
-    values: Sequence[Any],
-    body: Callable[[list[Any], Any, Any], tuple[list[Any], Any]],
-    carried: Any = None,
-    sequences: Any = None,
-) -> tuple[list[Any], Any]:
-    """Scan as an equation does, with another body and more to carry.
-
-    Args:
-      eqn: the scan.
-      values: of its variables; pytrees are welcome.
-      body: function of the inner variables' values, of what is carried besides and of a slice of ``sequences``, to the
-        inner results and what is carried on.
-      carried: carried besides, from iteration to iteration.
-      sequences: sliced besides.
-
-    Returns:
-      The equation's results, and what is carried at the end.
-    """
-    consts, carries = scan_inputs(eqn)
-    constant, initial, sliced = values[:consts], values[consts : consts + carries], values[consts + carries :]
-
-    def step(carry: Any, slices: Any) -> tuple[Any, Any]:
-        results, more = body([*constant, *carry[0], *slices[0]], carry[1], slices[1])
-        return (results[:carries], more), results[carries:]
-
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    with _as_written(eqn):
-        (last, carried), stacked = jax.lax.scan(step, (list(initial), carried), (list(sliced), sequences), **options)
-    return [*last, *stacked], carried
-
-
-def scan_inputs(eqn: Any) -> tuple[int, int]:
-    """How many of a scan's variables are constants, and how many are carried; slices follow."""
-    if "ft_in" in eqn.params:  # JAX 0.12
-        constants, carried, _ = eqn.params["ft_in"].unpack()
-        return len(constants), len(carried)
-    return eqn.params["num_consts"], eqn.params["num_carry"]
-
-
-def run_checkpointed(eqn: Any, values: Sequence[Any], body: Callable[[list[Any]], Any]) -> Any:
-    """Call under ``jax.checkpoint`` with an equation's own policy."""
-    prevent = eqn.params["prevent_cse"]
-    prevent = any(prevent) if isinstance(prevent, tuple) else prevent
-    with _as_written(eqn):
-        return jax.checkpoint(lambda v: body(v), prevent_cse=prevent, policy=eqn.params["policy"])(list(values))
-
-
 def find_uses(jaxpr: Any, names: Sequence[str], copy_limit: int = COPY_LIMIT) -> tuple[Scope, list[Place]]:
     """Find every place where one of the first variables of a program, the parameters, meets a row.
 
@@ -217,7 +111,7 @@ class _Finder:
         self.places: list[Place] = []
 
     def add(self, source: tuple[int, tuple[int, ...]], form: str, eqn: Any, sizes: tuple[int, ...] = ()) -> int:
-        self.places.append(Place(source[0], form, source[1], sizes, _where(eqn)))
+        self.places.append(Place(source[0], form, source[1], sizes, jaxprs.where(eqn)))
         return len(self.places) - 1
 
     def scope(self, jaxpr: Any, weights: dict[Any, Any], derived: dict[Any, set[int]], rows: set[Any]) -> Scope:
@@ -239,10 +133,10 @@ class _ScopeFinder:
         self, finder: _Finder, jaxpr: Any, weights: dict[Any, Any], derived: dict[Any, set[int]], rows: set[Any]
     ) -> None:
         self.finder, self.jaxpr, self.weights = finder, jaxpr, weights
-        self.live = _live(jaxpr)
+        self.live = jaxprs.live_equations(jaxpr)
         self.rows = set(rows)
+        self.given = derived
         self.derived = {var: {source[0]} for var, source in weights.items()} | derived
-        self.views: set[Any] = set(weights)
         self.uses: dict[Any, list[tuple[int, int]]] = {}
         self.copies: dict[Any, int] = {}
         self.equations: dict[int, Dense | Lookup | Scope] = {}
@@ -282,7 +176,7 @@ class _ScopeFinder:
             return
         inner = eqn.params["jaxpr"]
         inner = inner if isinstance(inner, core.Jaxpr) else inner.jaxpr
-        consts, carried = scan_inputs(eqn) if eqn.primitive is primitives.scan_p else (0, 0)
+        consts, carried = jaxprs.scan_inputs(eqn) if eqn.primitive is primitives.scan_p else (0, 0)
         carries = range(consts, consts + carried)
         derived, rows = {}, set()
         for position, (outer, var) in enumerate(zip(eqn.invars, inner.invars, strict=True)):
@@ -296,7 +190,6 @@ class _ScopeFinder:
 
     def follow(self, var: Any, source: tuple[int, tuple[int, ...]]) -> None:
         """Find where a view of a parameter meets the row."""
-        self.views.add(var)
         uses = self.uses.get(var, [])
         eqns: list[Any] = [self.jaxpr.eqns[index] if index >= 0 else None for index, _ in uses]
         if not uses:
@@ -318,7 +211,7 @@ class _ScopeFinder:
                 self.follow(out, source)
         elif eqn.primitive is primitives.remat_p:
             self.pending.setdefault(index, {})[eqn.params["jaxpr"].invars[position]] = source
-        elif eqn.primitive is primitives.scan_p and position >= sum(scan_inputs(eqn)):
+        elif eqn.primitive is primitives.scan_p and position >= sum(jaxprs.scan_inputs(eqn)):
             inner = eqn.params["jaxpr"].jaxpr.invars[position]
             self.pending.setdefault(index, {})[inner] = (source[0], (*source[1], eqn.params["length"]))
         elif self._is_dense(eqn, position):
@@ -384,14 +277,15 @@ class _ScopeFinder:
         elif eqn.primitive not in (primitives.convert_element_type_p, primitives.copy_p) or not is_view(eqn):
             return index, position, order
         (out,) = eqn.outvars
-        self.views.add(out)
         uses = self.uses.get(out, [])
         return self._end(*uses[0], order) if len(uses) == 1 else None
 
     def _copy(self, var: Any, source: tuple[int, tuple[int, ...]], eqns: Sequence[Any]) -> None:
         size = math.prod(var.aval.shape)
         if size > self.finder.copy_limit:
-            users = ", ".join(sorted({f"{eqn.primitive.name} at {_where(eqn)}" for eqn in eqns if eqn is not None}))
+            users = ", ".join(
+                sorted({f"{eqn.primitive.name} at {jaxprs.where(eqn)}" for eqn in eqns if eqn is not None})
+            )
             raise UnsupportedModelError(
                 f"parameter {self.finder.names[source[0]]}: no short exact form of the geometry is known for its "
                 f"{'uses' if len(eqns) > 1 else 'use'} ({users or 'as a result'}), and {size} numbers are too many to "
@@ -401,28 +295,24 @@ class _ScopeFinder:
 
     def _refuse_large_combinations(self) -> None:
         """What is made from copies alone exists once a row, so it must be small, too."""
+        made = {var: self.derived[var] for var in (*self.copies, *self.given)}
         for index in sorted(self.live):
             eqn = self.jaxpr.eqns[index]
+            from_copies = [made[a] for a in eqn.invars if isinstance(a, core.Var) and a in made]
+            planned = isinstance(self.equations.get(index), Dense | Lookup)
+            if planned or not from_copies or eqn.outvars[0] in self.rows:
+                continue
+            leaves: set[int] = set().union(*from_copies)
             for var in eqn.outvars:
                 size = math.prod(getattr(var.aval, "shape", ()))
-                if var in self.derived and var not in self.views and size > self.finder.copy_limit:
-                    names = ", ".join(self.finder.names[leaf] for leaf in sorted(self.derived[var]))
+                if size > self.finder.copy_limit:
+                    names = ", ".join(self.finder.names[leaf] for leaf in sorted(leaves))
                     raise UnsupportedModelError(
                         f"parameters {names}: combined into {size} numbers before they meet a row "
-                        f"({eqn.primitive.name} at {_where(eqn)}), which is too many to hold for every row "
+                        f"({eqn.primitive.name} at {jaxprs.where(eqn)}), which is too many to hold for every row "
                         f"(copy_limit={self.finder.copy_limit}); apply them to the row one after the other"
                     )
-
-
-def _live(jaxpr: Any) -> frozenset[int]:
-    needed = {atom for atom in jaxpr.outvars if isinstance(atom, core.Var)}
-    live = set()
-    for index in reversed(range(len(jaxpr.eqns))):
-        eqn = jaxpr.eqns[index]
-        if eqn.effects or any(var in needed for var in eqn.outvars):
-            live.add(index)
-            needed.update(atom for atom in eqn.invars if isinstance(atom, core.Var))
-    return frozenset(live)
+                made[var] = leaves
 
 
 def is_view(eqn: Any) -> bool:
@@ -449,10 +339,6 @@ def _disjoint_slices(eqns: Sequence[Any]) -> bool:
 def _dense_axes(eqn: Any, position: int) -> DenseAxes:
     ranks = len(eqn.invars[1 - position].aval.shape), len(eqn.invars[position].aval.shape)
     return DenseAxes(eqn.params["dimension_numbers"], position, ranks)
-
-
-def _where(eqn: Any) -> str:
-    return "the result" if eqn is None else source_info_util.summarize(eqn.source_info) or "unknown"
 
 
 _MODE = jax.lax.GatherScatterMode

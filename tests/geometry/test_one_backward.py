@@ -136,6 +136,26 @@ def test_a_forward_is_pulled_back_twice_for_a_rule_that_needs_norms():
 
 
 @pytest.mark.usefixtures("x64")
+def test_gradients_accumulated_over_parts_of_a_batch():
+    log_prob_fn, params = zoo.whole_models(jnp.float64)["gpt, tied"]
+    batch, d = pairs(7), jnp.stack([jnp.asarray(c) for c in coefficients()], -1)
+
+    def accumulate(sums, part):
+        batch, d = part
+        _, pull_back = geometry.vjp_with_geometry(log_prob_fn, params, batch)
+        gradient, s = pull_back(d[:, 0], d[:, 1])
+        return jax.tree.map(jnp.add, sums, gradient), s
+
+    parts = jax.tree.map(lambda leaf: leaf[:, None], (batch, d))  # one pair at a time
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    sums, s = jax.jit(lambda parts: jax.lax.scan(accumulate, zeros, parts))(parts)
+    _, gradient, whole = both(log_prob_fn, params, batch, d[:, 0], d[:, 1])
+    np.testing.assert_allclose(flatten(sums) / PAIRS, flatten(gradient), rtol=1e-10, atol=1e-13)
+    for field, expected in zip(s, whole, strict=True):
+        np.testing.assert_allclose(field[:, 0], expected, rtol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
 def test_per_parameter_and_by_group():
     log_prob_fn, params = zoo.whole_models(jnp.float64)["llama, scanned and checkpointed"]
     batch = pairs(6)
@@ -314,13 +334,56 @@ def test_coefficients_in_the_geometry_are_noticed(monkeypatch):
     [
         (jnp.ones((3, 1, 4)), lambda p, x: x @ p, r"batch: .* \[B, 2\] .* got \[\(3, 1\)\]"),
         ((jnp.ones((3, 2, 4)), jnp.ones(3)), lambda p, x: x[0] @ p, r"batch: .* got \[\(3,\), \(3, 2\)\]"),
-        (jnp.ones((3, 2, 4)), lambda p, x: x * p, r"log_prob_fn: a number .* got shape \(4,\)"),
+        ((jnp.ones((3, 2, 4)), 3.0), lambda p, x: x[0] @ p, r"batch: .* got \[\(\), \(3, 2\)\]"),
+        (jnp.ones((0, 2, 4)), lambda p, x: x @ p, r"batch: .* B >= 1 pairs, got \[\(0, 2\)\]"),
+        ((), lambda p, x: jnp.sum(p), r"batch: .* got \[\]"),
+        (jnp.ones((3, 2, 4)), lambda p, x: x * p, r"log_prob_fn: shape \(3, 2\) is needed .* got \(3, 2, 4\)"),
+        (jnp.ones((3, 2, 4)), lambda p, x: (x @ p).T, r"log_prob_fn: shape \(3, 2\) is needed .* got \(2, 3\)"),
+        (jnp.ones((3, 2, 4)), lambda p, x: (x @ p, p), r"log_prob_fn: an array is needed, got tuple"),
+        (
+            jnp.ones((3, 2, 4)),
+            lambda p, x: x @ p - jnp.ones((3, 2)),
+            r"1 by 1 rows, got \(3, 2\); arrays .* closes over",
+        ),
     ],
 )
 def test_other_shapes_are_refused(batch, model, message):
     for function in (geometry.vjp_with_geometry, geometry.pair_geometry):
         with pytest.raises(ValueError, match=message), jax.numpy_rank_promotion("allow"):
             function(model, jnp.ones(4), batch)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({}, "params: at least one array"),
+        (
+            {"w": jnp.ones(4), "n": jnp.array(2)},
+            r"params\['n'\]: a floating array is needed, got an array of dtype int32",
+        ),
+        ({"w": jnp.ones(4, jnp.complex64)}, r"params\['w'\]: a floating array .* complex64"),
+        ({"w": jnp.ones(4), "b": 1.0}, r"params\['b'\]: a floating array is needed, got float"),
+    ],
+)
+def test_other_parameters_are_refused(params, message):
+    with pytest.raises(ValueError, match=message):
+        geometry.vjp_with_geometry(lambda p, x: x.sum(-1), params, jnp.ones((3, 2, 4)))
+
+
+@pytest.mark.parametrize(
+    "d", [(jnp.ones(()), jnp.ones(3)), (jnp.ones(3), jnp.ones((3, 1))), (jnp.ones(3), jnp.ones(2))]
+)
+def test_other_coefficients_than_one_a_pair_are_refused(d):
+    _, pull_back = geometry.vjp_with_geometry(lambda p, x: x @ p, jnp.ones(4), jnp.ones((3, 2, 4)))
+    with pytest.raises(ValueError, match="d_w, d_l: a number for each of 3 pairs, got"):
+        pull_back(*d)
+
+
+def test_no_pairs_at_a_time_are_refused():
+    batch = jnp.ones((3, 2, 4))
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size: at least 1 pair at a time, got {size}"):
+            geometry.pair_geometry(lambda p, x: x @ p, jnp.ones(4), batch, batch_size=size)
 
 
 # What has no short form is named.
@@ -378,6 +441,23 @@ def test_a_large_weight_made_of_small_parameters_is_refused_by_name():
         UnsupportedModelError, match=r"parameters params\['a'\], params\['b'\]: combined into 64 numbers"
     ):
         _uses(core, shapes, copy_limit=63)
+
+
+@pytest.mark.usefixtures("x64")
+def test_activations_that_no_row_has_met_yet_may_be_large():
+    """A position table, larger than may be copied, whose rows are looked up for all rows of the batch alike."""
+
+    def model(params, batch):
+        positions = params["e"][jnp.arange(batch.tokens.shape[-1])].astype(jnp.float64) * 2
+        return zoo.select(jax.nn.one_hot(batch.tokens, zoo.VOCAB) + last_two(positions), batch)
+
+    last_two = lambda x: x.reshape(1, 1, *x.shape)  # noqa: E731
+    params = {"e": zoo.draw((20, zoo.VOCAB), 0, jnp.float64)}
+    (use,) = geometry.parameter_uses(model, params, pairs(0), copy_limit=10)
+    assert use.form == "lookup"
+    s = geometry.pair_geometry(model, params, pairs(0), copy_limit=10)
+    g = row_gradients(model, params, pairs(0))
+    np.testing.assert_allclose(s.inner_product, np.sum(g[:, 0] * g[:, 1], -1), rtol=1e-10)
 
 
 def test_a_table_with_two_lookups_and_a_head_is_refused_by_name():

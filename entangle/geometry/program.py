@@ -1,0 +1,218 @@
+"""A model's program for one row, planned place by place, and its run on all rows of a batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import primitives
+
+from entangle.geometry import independence, jaxprs, meshes, taps, uses
+from entangle.geometry.products import accumulator_dtype
+from entangle.geometry.taps import Products, Weight
+from entangle.geometry.uses import Dense, Lookup, Place, Scope
+from entangle.types import PairGeometry, Params
+
+
+def count_pairs(batch: Any) -> int:
+    """How many pairs a batch has, if all of its arrays agree on it."""
+    shapes = {jnp.shape(leaf)[:2] for leaf in jax.tree.leaves(batch)}
+    if len(shapes) != 1 or any(len(shape) < 2 or shape[1] != 2 or not shape[0] for shape in shapes):
+        raise ValueError(f"batch: every array needs the leading axes [B, 2] of B >= 1 pairs, got {sorted(shapes)}")
+    ((pairs, _),) = shapes
+    return pairs
+
+
+def _parameter_names(named: Sequence[tuple[Any, Any]]) -> list[str]:
+    """Names of leaves with their paths, if there are any and all of them are floating arrays."""
+    names = ["params" + jax.tree_util.keystr(path) for path, _ in named]
+    if not names:
+        raise ValueError("params: at least one array is needed")
+    for name, (_, leaf) in zip(names, named, strict=True):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            kind = type(leaf).__name__ if dtype is None else f"an array of dtype {dtype}"
+            raise ValueError(f"{name}: a floating array is needed, got {kind}; close over what is not trained")
+    return names
+
+
+def _check_result(result: Any, lead: tuple[int, ...], ndim: int) -> None:
+    """Whether what a model returns for rows with these leading axes has a number (or ``[T]``) for each of them."""
+    shape = getattr(result, "shape", None)
+    if shape is None:
+        raise ValueError(f"log_prob_fn: an array is needed, got {type(result).__name__}")
+    if shape[:2] == lead and len(shape) == 2 + ndim:
+        return
+    wanted = f"{lead}" if ndim == 0 else f"({lead[0]}, {lead[1]}, T)"
+    hint = "; arrays of the whole batch that it closes over belong into the batch" if lead == (1, 1) else ""
+    raise ValueError(f"log_prob_fn: shape {wanted} is needed for {lead[0]} by {lead[1]} rows, got {shape}{hint}")
+
+
+class Program:
+    """A model's program for one row, and the places where its parameters meet the row."""
+
+    def __init__(
+        self,
+        log_prob_fn: Callable[[Params, Any], jax.Array],
+        params: Params,
+        batch: Any,
+        copy_limit: int,
+        ndim: int = 0,
+    ) -> None:
+        """Trace and plan; ``ndim`` is the rank of what the model returns for one row."""
+        self.pairs = count_pairs(batch)
+        named, self.tree = jax.tree_util.tree_flatten_with_path(params)
+        self.names = _parameter_names(named)
+        self.dtype = accumulator_dtype(params)
+
+        def checked(params: Params, batch: Any) -> jax.Array:
+            result = log_prob_fn(params, batch)
+            _check_result(result, jax.tree.leaves(batch)[0].shape[:2], ndim)
+            return result
+
+        def row_fn(params: Params, row: Any) -> jax.Array:
+            return checked(params, jax.tree.map(lambda leaf: leaf[None, None], row))[0, 0]
+
+        def shapes_of(tree: Any, lead: int) -> Any:
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[lead:], leaf.dtype), tree)
+
+        with meshes.automatic_mesh():
+            whole = jaxprs.flat_jaxpr(checked, shapes_of(params, 0), shapes_of(batch, 0))
+            independence.refuse_mixed_rows(whole, range(len(named), len(whole.jaxpr.invars)))
+            self.closed = jaxprs.flat_jaxpr(row_fn, shapes_of(params, 0), shapes_of(batch, 2))
+        self.scope, self.places = uses.find_uses(self.closed.jaxpr, self.names, copy_limit)
+
+    def probes(self, *shape: int) -> dict[int, jax.Array]:
+        """A zero array for every place: of the given shape, behind the lengths of the scans around the place."""
+        return {number: jnp.zeros((*place.lengths, *shape), self.dtype) for number, place in enumerate(self.places)}
+
+    def run_rows(
+        self,
+        runner: Runner,
+        copies: tuple[Params, ...],
+        batch: Any,
+        probes: Mapping[int, jax.Array],
+        scale: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The model's results for rows with leading axes ``[B, 2]``, and scale ``[B, 2]`` as it came in."""
+        weights = [Weight(leaves) for leaves in zip(*map(jax.tree.leaves, copies), strict=True)]
+
+        def run(row: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+            values = [*weights, *jax.tree.leaves(row)]
+            (result,), scale = runner.run(self.scope, self.closed.consts, values, probes, scale)
+            return result, scale
+
+        return jax.vmap(jax.vmap(run))(batch, scale)
+
+    def per_parameter(self, found: Mapping[int, jax.Array]) -> Any:
+        """A tree of PairGeometry from what every place found, ``[..., B, 3]``."""
+        leaves = []
+        for leaf in range(len(self.names)):
+            arrays = [found[number] for number, place in enumerate(self.places) if place.leaf == leaf]
+            if len({array.shape for array in arrays}) > 1:  # in a scan here, outside of it there
+                arrays = [array.reshape(-1, self.pairs, 3).sum(0) for array in arrays]
+            whole = functools.reduce(jnp.add, arrays) if arrays else jnp.zeros((self.pairs, 3), self.dtype)
+            leaves.append(PairGeometry(whole[..., 0], whole[..., 1], whole[..., 2]))
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+class Runner:
+    """Evaluates a planned program on one row."""
+
+    def __init__(self, places: Sequence[Place], products: Products, by_rows: Callable[[tuple[int, ...]], bool]) -> None:
+        """See ``taps`` for products; ``by_rows`` tells which dense places form row gradients, from E, T, I and O."""
+        self.places, self.products, self.by_rows = places, products, by_rows
+
+    def run(
+        self,
+        scope: Scope,
+        consts: Iterable[Any],
+        values: Iterable[Any],
+        probes: Mapping[int, jax.Array],
+        scale: jax.Array,
+    ) -> tuple[list[Any], jax.Array]:
+        """Results of a scope and scale; parameters come in as Weight, and stay so until they meet the row."""
+        environment: dict[Any, Any] = {}
+        links: dict[int, taps.Link] = {}
+
+        def write(variables: Iterable[Any], values: Iterable[Any], scale: jax.Array) -> jax.Array:
+            for var, value in zip(variables, values, strict=True):
+                if var in scope.copies:
+                    value, scale = taps.copy(self.products, value, probes[scope.copies[var]], scale)
+                environment[var] = value
+            return scale
+
+        scale = write((*scope.jaxpr.constvars, *scope.jaxpr.invars), (*consts, *values), scale)
+        for index, eqn in enumerate(scope.jaxpr.eqns):
+            if index not in scope.live:
+                continue
+            inputs = [jaxprs.read(environment, atom) for atom in eqn.invars]
+            plan = scope.equations.get(index)
+            if isinstance(plan, Dense):
+                link = None if plan.tied is None else links[plan.tied]
+                result, scale = self._dense(eqn, plan, inputs, probes[plan.place], scale, link)
+                results = [result]
+            elif isinstance(plan, Lookup):
+                result, scale, links[index] = self._lookup(eqn, plan, inputs, probes[plan.place], scale)
+                results = [result]
+            elif isinstance(plan, Scope):
+                results, scale = self._inner(eqn, plan, inputs, probes, scale)
+            else:
+                results = _apply(eqn, inputs)
+            scale = write(eqn.outvars, results, scale)
+        return [jaxprs.read(environment, atom) for atom in scope.jaxpr.outvars], scale
+
+    def _dense(
+        self, eqn: Any, plan: Dense, inputs: Sequence[Any], probe: jax.Array, scale: jax.Array, link: taps.Link | None
+    ) -> tuple[jax.Array, jax.Array]:
+        side = plan.axes.side
+
+        def dot(x: jax.Array, u: jax.Array) -> jax.Array:
+            (result,) = jaxprs.bind(eqn, (x, u) if side else (u, x))
+            return result
+
+        rows = link is None and self.by_rows(self.places[plan.place].sizes)
+        return taps.dense(dot, plan.axes, self.products, rows, inputs[1 - side], inputs[side], probe, scale, link)
+
+    def _lookup(
+        self, eqn: Any, plan: Lookup, inputs: Sequence[Any], probe: jax.Array, scale: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        def gather(table: jax.Array, indices: jax.Array) -> jax.Array:
+            (result,) = jaxprs.bind(eqn, (table, indices))
+            return result
+
+        table, indices = inputs
+        ids, valid = uses.read_ids(eqn, indices)
+        return taps.lookup(gather, self.products, indices, ids, valid, table, probe, scale, plan.tied)
+
+    def _inner(
+        self, eqn: Any, plan: Scope, inputs: Sequence[Any], probes: Mapping[int, jax.Array], scale: jax.Array
+    ) -> tuple[list[Any], jax.Array]:
+        mine = {number: probes[number] for number in _places_in(plan)}
+        if eqn.primitive is primitives.scan_p:
+            consts = eqn.params["jaxpr"].consts
+            body = lambda values, scale, probes: self.run(plan, consts, values, probes, scale)  # noqa: E731
+            return jaxprs.run_scan(eqn, inputs, body, scale, mine)
+        return jaxprs.run_checkpointed(eqn, (inputs, mine, scale), lambda given: self.run(plan, (), *given))
+
+
+def _places_in(scope: Scope) -> list[int]:
+    places = set(scope.copies.values())
+    for plan in scope.equations.values():
+        places.update(_places_in(plan) if isinstance(plan, Scope) else [plan.place])
+    return sorted(places)
+
+
+def _apply(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
+    """Apply an equation that no parameter meets a row in."""
+    if not any(isinstance(value, Weight) for value in inputs):
+        return jaxprs.bind(eqn, inputs)
+    (weight,) = inputs
+    if eqn.primitive is primitives.stop_gradient_p:
+        return jaxprs.bind(eqn, weight.copies[:1])
+    if not uses.is_view(eqn):
+        raise AssertionError(f"{eqn.primitive.name} of a parameter was not planned")  # rather than a wrong number
+    return [Weight(copies) for copies in zip(*(jaxprs.bind(eqn, [copy]) for copy in weight.copies), strict=True)]
