@@ -77,8 +77,23 @@ def vjp_with_geometry(
       ([-0.5, 0.5], 2.0, 1.0)
     """
     program = Program(log_prob_fn, params, batch, copy_limit)
-    pairs, dtype = program.pairs, program.dtype
-    runner = Runner(program.places, PairProducts(), lambda sizes: by_rows(*sizes, with_gradient=True))
+    pairs = program.pairs
+    log_probs, pull = _differentiate(program, params, batch, apart=apart, with_gradient=True)
+
+    def pull_back(d_w: jax.Array, d_l: jax.Array) -> tuple[Any, Any]:
+        if jnp.shape(d_w) != (pairs,) or jnp.shape(d_l) != (pairs,):
+            raise ValueError(f"d_w, d_l: a number for each of {pairs} pairs, got {jnp.shape(d_w)}, {jnp.shape(d_l)}")
+        gradients, tree = pull(jnp.stack([d_w if apart else -d_w, d_l], axis=1).astype(program.dtype) / pairs)
+        return PairGradients(*gradients) if apart else gradients[0], tree if per_parameter else total(tree)
+
+    return log_probs, pull_back
+
+
+def _differentiate(
+    program: Program, params: Params, batch: Any, *, apart: bool, with_gradient: bool
+) -> tuple[jax.Array, Callable[[jax.Array], tuple[tuple[Params, ...], Any]]]:
+    """Log-probabilities, and the pull-back of the rows' weights ``[B, 2]`` to weighted sums and the tree of geometries."""
+    runner = Runner(program.places, PairProducts(), lambda sizes: by_rows(*sizes, with_gradient=with_gradient))
 
     def forward(batch: Any, copies: tuple[Params, ...], probes: Mapping[int, jax.Array], scale: jax.Array) -> Any:
         return program.run_rows(runner, copies, batch, probes, scale)
@@ -87,18 +102,15 @@ def vjp_with_geometry(
     forward = functools.partial(meshes.automatic(forward, (rows, rows)), batch)
     copies = (params, params) if apart else (params,)
     probes = {
-        n: meshes.placed(zeros, P(*(None,) * (zeros.ndim - 2), *rows)) for n, zeros in program.probes(pairs, 3).items()
+        n: meshes.placed(zeros, P(*(None,) * (zeros.ndim - 2), *rows))
+        for n, zeros in program.probes(program.pairs, 3).items()
     }
-    unscaled = meshes.placed(jnp.zeros((pairs, 2), dtype), rows)
+    unscaled = meshes.placed(jnp.zeros((program.pairs, 2), program.dtype), rows)
     (log_probs, _), pull = jax.vjp(forward, copies, probes, unscaled)
 
-    def pull_back(d_w: jax.Array, d_l: jax.Array) -> tuple[Any, Any]:
-        if jnp.shape(d_w) != (pairs,) or jnp.shape(d_l) != (pairs,):
-            raise ValueError(f"d_w, d_l: a number for each of {pairs} pairs, got {jnp.shape(d_w)}, {jnp.shape(d_l)}")
-        scale = jnp.stack([d_w if apart else -d_w, d_l], axis=1).astype(dtype) / pairs
+    def pull_back(scale: jax.Array) -> tuple[tuple[Params, ...], Any]:
         gradients, found, _ = pull((jnp.ones_like(log_probs), meshes.placed(scale, rows)))
-        tree = program.per_parameter(found)
-        return PairGradients(*gradients) if apart else gradients[0], tree if per_parameter else total(tree)
+        return gradients, program.per_parameter(found)
 
     return log_probs, pull_back
 
@@ -113,6 +125,8 @@ def pair_geometry(
     copy_limit: int = COPY_LIMIT,
 ) -> Any:
     """Exact ``|g_w|^2``, ``|g_l|^2`` and ``<g_w, g_l>`` of every pair, without any gradient of the parameters' size.
+
+    To be called under ``jax.jit``, which leaves out the gradients that nobody asks for.
 
     Args:
       log_prob_fn: see :func:`vjp_with_geometry`.
@@ -138,9 +152,10 @@ def pair_geometry(
     """
 
     def some(batch: Any) -> Any:
-        _, pull_back = vjp_with_geometry(log_prob_fn, params, batch, per_parameter=per_parameter, copy_limit=copy_limit)
-        unused = jnp.zeros(count_pairs(batch))
-        return pull_back(unused, unused)[1]
+        program = Program(log_prob_fn, params, batch, copy_limit)
+        _, pull = _differentiate(program, params, batch, apart=False, with_gradient=False)
+        tree = pull(jnp.zeros((program.pairs, 2), program.dtype))[1]  # nobody asks for the sums, so jit leaves them out
+        return tree if per_parameter else total(tree)
 
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: at least 1 pair at a time, got {batch_size}")
@@ -258,8 +273,8 @@ def parameter_uses(
 def by_rows(e: int, t: int, i: int, o: int, *, with_gradient: bool) -> bool:
     """Whether a dense layer's row gradients are formed, rather than two ``T x T`` matrices a product.
 
-    Gram form takes ``6 T^2 (I + O)`` operations a pair. Row gradients take ``4 T I O``, which a training step spends
-    anyway; then they cost memory traffic, as much as half of that by measurement (``scripts/benchmark geometry_step``).
+    Gram form takes ``8 T^2 (I + O)`` operations a pair. Row gradients take ``4 T I O``, which a training step spends
+    anyway; by measurement on CPUs their memory traffic costs a third to two thirds of that.
 
     Args:
       e: weights that are applied side by side.

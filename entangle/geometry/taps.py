@@ -67,11 +67,17 @@ def _wide(array: jax.Array) -> jax.Array:
 
 @summed_where_it_lies
 def _gram_products(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
-    def matrix(array: jax.Array, left: int, right: int) -> jax.Array:
-        return _einsum("betk,besk->bets", array[:, left], array[:, right])
+    def matrix(array: jax.Array) -> jax.Array:
+        # Of both sides at once, ``[B, E, 2T, 2T]``: one greater product of what lies side by side takes less time than
+        # three products of slices, of which XLA makes transposed copies.
+        both = jnp.moveaxis(array, 1, 2)
+        both = both.reshape(*both.shape[:2], -1, both.shape[-1])
+        return _einsum("beik,bejk->beij", both, both)
 
-    sides = ((0, 0), (1, 1), (0, 1))
-    return jnp.stack([jnp.sum(matrix(inputs, *s) * matrix(cotangents, *s), (1, 2, 3)) for s in sides], -1)
+    products = matrix(inputs) * matrix(cotangents)
+    b, e, t = inputs.shape[0], inputs.shape[2], inputs.shape[3]
+    sums = jnp.sum(products.reshape(b, e, 2, t, 2, t), (1, 3, 5))
+    return jnp.stack([sums[:, 0, 0], sums[:, 1, 1], sums[:, 0, 1]], -1)
 
 
 class PairProducts:

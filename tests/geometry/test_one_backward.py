@@ -401,7 +401,7 @@ def test_forms_follow_from_static_shapes():
         found = geometry.parameter_uses(model, {"w": jnp.ones((64, 96)), "v": jnp.ones((96, 64))}, batch)
         return {use.parameter: use.form for use in found}
 
-    # gram takes 6 T^2 (I + O) operations a pair beyond the gradient's own, rows none: 3 T (160) against 64 * 96
+    # gram takes 8 T^2 (I + O) operations a pair beyond the gradient's own, rows 8/3 T I O of traffic: 3 T (160), 64 * 96
     assert forms(12) == {"params['w']": "gram", "params['v']": "gram"}
     assert forms(13) == {"params['w']": "rows", "params['v']": "rows"}
 
