@@ -56,7 +56,7 @@ def contenders(folder: Path, config: DecoderConfig, pairs: int, length: int) -> 
 
     model = language_model(config)
     params = jax.jit(model.init)(jax.random.key(0))
-    examples = draw_examples(config, pairs, length)
+    examples = draw_examples(config.vocab_size, pairs, length)
     # References from other weights: the policy's own would make the first loss log 2 whatever the log-probabilities.
     reference = jax.jit(model.log_probs)(jax.jit(model.init)(jax.random.key(1)), examples.pairs)
     examples = examples._replace(reference=reference)
@@ -66,9 +66,9 @@ def contenders(folder: Path, config: DecoderConfig, pairs: int, length: int) -> 
     return _ours(config, params, examples), theirs
 
 
-def draw_examples(config: DecoderConfig, pairs: int, length: int) -> PreferenceExamples:
+def draw_examples(vocabulary: int, pairs: int, length: int) -> PreferenceExamples:
     """Random pairs of many lengths, the first quarter of every row its prompt, and references of zero."""
-    tokens = jax.random.randint(jax.random.key(2), (pairs, 2, length), 0, config.vocab_size, dtype=jnp.int32)
+    tokens = jax.random.randint(jax.random.key(2), (pairs, 2, length), 0, vocabulary, dtype=jnp.int32)
     # Rows end one after the other, so that both sides must agree about padding.
     stop = length - jnp.arange(2 * pairs).reshape(pairs, 2, 1)
     position = jnp.arange(length)[None, None]

@@ -58,5 +58,23 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         runs=5,
         tolerance=1e-4,
     ),
+    **{
+        f"geometry_step_{name}_{length}": Benchmark(
+            summary=f"the same in bfloat16, {size}, 4 pairs of {length} tokens; for an accelerator",
+            extra="train",
+            modules=("flax",),
+            packages=("jax", "jaxlib", "flax"),
+            prepare=geometry_step.preparation(model, length),
+            warm_up=2,
+            runs=9,
+            # of a loss of log-probabilities that are sums over hundreds of tokens, each from activations of 8 bits
+            tolerance=1e-2,
+        )
+        for name, size, model in (
+            ("gpt2", "GPT-2 small", geometry_step.gpt2),
+            ("qwen", "the size of Qwen2.5-0.5B", geometry_step.qwen_sized),
+        )
+        for length in (128, 512, 1024)
+    },
 }
 """Name to benchmark; the first contender is this package."""
