@@ -139,7 +139,9 @@ def encode(
         check_size(stage, getattr(settings, stage), len(encoded["train"].tokens), "training pairs")
     count = len(encoded["held_out"].tokens)
     if count < settings.probe_pairs:
-        raise UserError(f"--probe-pairs {settings.probe_pairs}: there are only {count} held-out pairs")
+        raise UserError(
+            f"--probe-pairs {settings.probe_pairs}: there are only {count} held-out pairs; give --probe-pairs {count} or fewer"
+        )
     return stages.PreferenceData(**encoded), lines
 
 

@@ -141,7 +141,9 @@ def _parse_object(line: bytes) -> dict[str, object]:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise dialogues.NotAPairError(f"not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        raise dialogues.NotAPairError(f"not JSON ({error.msg} at character {error.pos + 1} of the line)") from error
+    except RecursionError as error:
         raise dialogues.NotAPairError(f"not JSON ({error})") from error
     if not isinstance(value, dict):
         raise dialogues.NotAPairError("not a JSON object")

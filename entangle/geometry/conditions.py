@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from entangle.geometry.pairs import count_pairs
 from entangle.types import LogProbFn, PairGeometry, Params
 
 
@@ -56,6 +57,9 @@ def predicted_changes(
     Returns:
       PairChanges of the same shape.
 
+    Raises:
+      ValueError: a coefficient is neither a scalar nor of the geometry's shape.
+
     References:
       Yuan et al., arXiv 2410.13828, equations 4 and 5 (there with d_w = d_l).
 
@@ -67,6 +71,9 @@ def predicted_changes(
       >>> float(change.chosen), float(change.rejected)
       (-0.5, -2.5)
     """
+    shape = jnp.shape(geometry.inner_product)
+    if not {jnp.shape(d_w), jnp.shape(d_l)} <= {shape, ()}:
+        raise ValueError(f"d_w, d_l: the geometry has shape {shape}, got {jnp.shape(d_w)} and {jnp.shape(d_l)}")
     chosen = d_w * geometry.chosen_sq_norm - d_l * geometry.inner_product
     rejected = d_w * geometry.inner_product - d_l * geometry.rejected_sq_norm
     rate = jnp.asarray(learning_rate, chosen.dtype)
@@ -113,6 +120,8 @@ def condition_2(geometry: PairGeometry, d_w: jax.Array, d_l: jax.Array) -> tuple
 
 def case_of(geometry: PairGeometry, d_w: jax.Array, d_l: jax.Array) -> jax.Array:
     """The case of every pair, as int32 values of :class:`Case`; -1, which is none of them, where a number is not one.
+
+    The inequalities are the paper's, equality included: a pair of zero gradients, which nothing moves, is ``IDEAL``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -232,6 +241,7 @@ def step_changes(
 
 
 def _first_order(log_prob_fn: LogProbFn, params: Params, updates: Params, batch: Any) -> tuple[jax.Array, PairChanges]:
+    count_pairs(batch)
     # an optimizer may keep its moments, and so the update, wider than the parameters; a tangent may not be
     tangents = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
     log_probs, changes = jax.jvp(lambda p: log_prob_fn(p, batch), (params,), (tangents,))

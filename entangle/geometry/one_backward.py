@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from entangle.geometry import meshes
-from entangle.geometry.program import Program, Runner, count_pairs
+from entangle.geometry.pairs import count_pairs
+from entangle.geometry.program import Program, Runner
 from entangle.geometry.taps import PairProducts
 from entangle.geometry.uses import COPY_LIMIT, Place
 from entangle.types import LogProbFn, PairGeometry, PairGradients, Params
@@ -39,10 +40,11 @@ def vjp_with_geometry(
     summed, while the geometry is that of the log-probabilities themselves. Pull back twice for a rule that needs the
     geometry before it can name the coefficients; the forward is not repeated.
 
-    ``log_prob_fn`` is traced for one row and mapped over rows, so nothing in it may depend on other rows (a sum over them is
-    refused, see ``independence``), and with random numbers inside every row draws the same ones. Any pure function will
-    do, with ``jax.jit``, ``jax.lax.scan`` over stacked layers and ``jax.checkpoint`` inside. :func:`parameter_uses` tells
-    which exact form is taken for each parameter.
+    ``log_prob_fn`` is traced for one row and mapped over rows, so nothing in it may depend on other rows: a sum over them is
+    refused, and a warning says where rows are moved in a way that is not followed (the length of the batch as a Python
+    number goes unseen). Random numbers inside are the same for every row. Any pure function will do, with ``jax.jit``,
+    ``jax.lax.scan`` over stacked layers and ``jax.checkpoint`` inside. :func:`parameter_uses` tells which exact form is
+    taken for each parameter.
 
     Args:
       log_prob_fn: pure function of params and a batch of leaves ``[B, R, ...]`` to ``[B, R]``, row by row (LogProbFn).
@@ -55,8 +57,8 @@ def vjp_with_geometry(
     Returns:
       Log-probabilities ``[B, 2]``, and a function of the coefficients d_w ``[B]`` and d_l ``[B]``, of any sign, that
       returns ``mean(d_l g_l - d_w g_w)`` (or PairGradients of ``mean(d_w g_w)`` and ``mean(d_l g_l)``) and PairGeometry
-      of fields ``[B]``, float32 (float64 for float64 parameters). Under ``per_parameter`` a parameter that a scan runs
-      over has fields ``[L, B]``.
+      of fields ``[B]``, float32 (float64 for float64 parameters). Under ``per_parameter`` a parameter whose whole leading
+      axis one scan runs over has fields ``[L, B]``.
 
     Raises:
       ValueError: params, batch, log_prob_fn or the coefficients are something else than these, or of other shapes.
@@ -81,9 +83,10 @@ def vjp_with_geometry(
     log_probs, pull = _differentiate(program, params, batch, apart=apart, with_gradient=True)
 
     def pull_back(d_w: jax.Array, d_l: jax.Array) -> tuple[Any, Any]:
-        if jnp.shape(d_w) != (pairs,) or jnp.shape(d_l) != (pairs,):
-            raise ValueError(f"d_w, d_l: a number for each of {pairs} pairs, got {jnp.shape(d_w)}, {jnp.shape(d_l)}")
-        gradients, tree = pull(jnp.stack([d_w if apart else -d_w, d_l], axis=1).astype(program.dtype) / pairs)
+        d_w, d_l = (jnp.asarray(d).astype(program.dtype) for d in (d_w, d_l))
+        if d_w.shape != (pairs,) or d_l.shape != (pairs,):
+            raise ValueError(f"d_w, d_l: a number for each of {pairs} pairs, got {d_w.shape}, {d_l.shape}")
+        gradients, tree = pull(jnp.stack([d_w if apart else -d_w, d_l], axis=1) / pairs)
         return PairGradients(*gradients) if apart else gradients[0], tree if per_parameter else total(tree)
 
     return log_probs, pull_back
@@ -163,7 +166,7 @@ def pair_geometry(
     if batch_size is None or batch_size >= pairs:
         return some(batch)
     whole = pairs // batch_size * batch_size
-    chunks = jax.tree.map(lambda a: a[:whole].reshape(-1, batch_size, *a.shape[1:]), batch)
+    chunks = jax.tree.map(lambda a: a[:whole].reshape(whole // batch_size, batch_size, *a.shape[1:]), batch)
     # [chunks, ..., b] to [..., chunks b]
     parts = [jax.tree.map(lambda a: jnp.moveaxis(a, 0, -2).reshape(*a.shape[1:-1], whole), jax.lax.map(some, chunks))]
     if whole < pairs:

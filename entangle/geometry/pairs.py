@@ -15,6 +15,22 @@ from entangle.geometry.products import gram
 from entangle.types import LogProbFn, PairGeometry, PairGradients, Params
 
 
+def count_pairs(batch: Any) -> int:
+    """How many pairs a batch has, if all of its arrays agree on it; else a ValueError.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle.geometry.pairs import count_pairs
+      >>> count_pairs((jnp.ones((3, 2)), jnp.ones((3, 2, 5))))
+      3
+    """
+    shapes = {jnp.shape(leaf)[:2] for leaf in jax.tree.leaves(batch)}
+    if len(shapes) != 1 or any(len(shape) < 2 or shape[1] != 2 or not shape[0] for shape in shapes):
+        raise ValueError(f"batch: every array needs the leading axes [B, 2] of B >= 1 pairs, got {sorted(shapes)}")
+    ((pairs, _),) = shapes
+    return pairs
+
+
 def take_side(batch: Any, side: int) -> Any:
     """One side of a pair batch, the side axis kept: leaves ``[B, 2, ...]`` become ``[B, 1, ...]``.
 
@@ -45,6 +61,9 @@ def scan_geometry(log_prob_fn: LogProbFn, params: Params, batch: Any, *, batch_s
     Returns:
       PairGeometry of fields ``[B]``, float32 (float64 for float64 parameters).
 
+    Raises:
+      ValueError: the batch has other leading axes, or batch_size is below 1.
+
     References:
       Yuan et al., arXiv 2410.13828, section 3.
 
@@ -62,6 +81,9 @@ def scan_geometry(log_prob_fn: LogProbFn, params: Params, batch: Any, *, batch_s
         sides = (jax.grad(lambda p, r: log_prob_fn(p, r)[0, 0])(params, take_side(row, side)) for side in (0, 1))
         return gram(PairGradients(*sides))
 
+    count_pairs(batch)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size: at least 1 pair at a time, got {batch_size}")
     return jax.lax.map(one_pair, batch, batch_size=batch_size)
 
 

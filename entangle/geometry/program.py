@@ -10,20 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives
 
-from entangle.geometry import independence, jaxprs, meshes, taps, uses
+from entangle import jaxprs
+from entangle.geometry import independence, meshes, taps, uses
+from entangle.geometry.pairs import count_pairs
 from entangle.geometry.products import accumulator_dtype
 from entangle.geometry.taps import Products, Weight
 from entangle.geometry.uses import Dense, Lookup, Place, Scope
 from entangle.types import PairGeometry, Params
-
-
-def count_pairs(batch: Any) -> int:
-    """How many pairs a batch has, if all of its arrays agree on it."""
-    shapes = {jnp.shape(leaf)[:2] for leaf in jax.tree.leaves(batch)}
-    if len(shapes) != 1 or any(len(shape) < 2 or shape[1] != 2 or not shape[0] for shape in shapes):
-        raise ValueError(f"batch: every array needs the leading axes [B, 2] of B >= 1 pairs, got {sorted(shapes)}")
-    ((pairs, _),) = shapes
-    return pairs
 
 
 def _parameter_names(named: Sequence[tuple[Any, Any]]) -> list[str]:
@@ -44,6 +37,8 @@ def _check_result(result: Any, lead: tuple[int, ...], ndim: int) -> None:
     shape = getattr(result, "shape", None)
     if shape is None:
         raise ValueError(f"log_prob_fn: an array is needed, got {type(result).__name__}")
+    if not jnp.issubdtype(result.dtype, jnp.floating):
+        raise ValueError(f"log_prob_fn: floating numbers are needed, got {result.dtype}")
     if shape[:2] == lead and len(shape) == 2 + ndim:
         return
     wanted = f"{lead}" if ndim == 0 else f"({lead[0]}, {lead[1]}, T)"
@@ -77,11 +72,14 @@ class Program:
             return checked(params, jax.tree.map(lambda leaf: leaf[None, None], row))[0, 0]
 
         def shapes_of(tree: Any, lead: int) -> Any:
-            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[lead:], leaf.dtype), tree)
+            weak = lambda leaf: bool(getattr(leaf, "weak_type", False))  # noqa: E731
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape[lead:], leaf.dtype, weak_type=weak(leaf)), tree
+            )
 
         with meshes.automatic_mesh():
             whole = jaxprs.flat_jaxpr(checked, shapes_of(params, 0), shapes_of(batch, 0))
-            independence.refuse_mixed_rows(whole, range(len(named), len(whole.jaxpr.invars)))
+            independence.hold_rows_apart(whole, range(len(named), len(whole.jaxpr.invars)))
             self.closed = jaxprs.flat_jaxpr(row_fn, shapes_of(params, 0), shapes_of(batch, 2))
         self.scope, self.places = uses.find_uses(self.closed.jaxpr, self.names, copy_limit)
 
@@ -111,8 +109,10 @@ class Program:
         """A tree of PairGeometry from what every place found, ``[..., B, 3]``."""
         leaves = []
         for leaf in range(len(self.names)):
-            arrays = [found[number] for number, place in enumerate(self.places) if place.leaf == leaf]
-            if len({array.shape for array in arrays}) > 1:  # in a scan here, outside of it there
+            places = [number for number, place in enumerate(self.places) if place.leaf == leaf]
+            arrays = [found[number] for number in places]
+            layered = all(self.places[number].layered for number in places)
+            if not layered or len({array.shape for array in arrays}) > 1:  # in a scan here, outside of it there
                 arrays = [array.reshape(-1, self.pairs, 3).sum(0) for array in arrays]
             whole = functools.reduce(jnp.add, arrays) if arrays else jnp.zeros((self.pairs, 3), self.dtype)
             leaves.append(PairGeometry(whole[..., 0], whole[..., 1], whole[..., 2]))
@@ -175,7 +175,8 @@ class Runner:
             return result
 
         rows = link is None and self.by_rows(self.places[plan.place].sizes)
-        return taps.dense(dot, plan.axes, self.products, rows, inputs[1 - side], inputs[side], probe, scale, link)
+        how = taps.DenseForm(plan.axes, rows, eqn.params["precision"])
+        return taps.dense(dot, how, self.products, inputs[1 - side], inputs[side], probe, scale, link)
 
     def _lookup(
         self, eqn: Any, plan: Lookup, inputs: Sequence[Any], probe: jax.Array, scale: jax.Array

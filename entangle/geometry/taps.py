@@ -15,6 +15,7 @@ weight share, T positions, I contracted and O free axes of the weight, all flatt
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -44,7 +45,7 @@ class Weight(NamedTuple):
 class Products(Protocol):
     """How a place's products are formed from what its backward sees; one implementation for pairs, one for tokens."""
 
-    def dense(self, inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
+    def dense(self, inputs: jax.Array, cotangents: jax.Array, precision: Any) -> jax.Array:
         """Products of the gradients ``A^T C``; inputs ``[B, 2, E, T, I]``, cotangents ``[B, 2, E, T, O]``."""
         ...
 
@@ -57,22 +58,26 @@ class Products(Protocol):
         ...
 
 
-def _einsum(spec: str, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, *operands, preferred_element_type=accumulator_dtype(operands))
+def _einsum(spec: str, *operands: jax.Array, precision: Any = None) -> jax.Array:
+    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=accumulator_dtype(operands))
 
 
 def _wide(array: jax.Array) -> jax.Array:
     return array.astype(accumulator_dtype(array))
 
 
-@summed_where_it_lies
-def _gram_products(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
+@functools.cache
+def _gram_products(precision: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    return summed_where_it_lies(lambda inputs, cotangents: _gram_of_both(inputs, cotangents, precision))
+
+
+def _gram_of_both(inputs: jax.Array, cotangents: jax.Array, precision: Any) -> jax.Array:
     def matrix(array: jax.Array) -> jax.Array:
         # Of both sides at once, ``[B, E, 2T, 2T]``: one greater product of what lies side by side takes less time than
         # three products of slices, of which XLA makes transposed copies.
         both = jnp.moveaxis(array, 1, 2)
         both = both.reshape(*both.shape[:2], -1, both.shape[-1])
-        return _einsum("beik,bejk->beij", both, both)
+        return _einsum("beik,bejk->beij", both, both, precision=precision)
 
     products = matrix(inputs) * matrix(cotangents)
     b, e, t = inputs.shape[0], inputs.shape[2], inputs.shape[3]
@@ -83,9 +88,9 @@ def _gram_products(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
 class PairProducts:
     """The three products of every pair, ``[B, 3]``: chosen, rejected, chosen with rejected."""
 
-    def dense(self, inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
+    def dense(self, inputs: jax.Array, cotangents: jax.Array, precision: Any) -> jax.Array:
         """Gram form: two ``T x T`` matrices a product, no gradient is formed."""
-        return _gram_products(inputs, cotangents)
+        return _gram_products(precision)(inputs, cotangents)
 
     def lookup(self, ids: jax.Array, valid: jax.Array, cotangents: jax.Array, link: jax.Array | None) -> jax.Array:
         """Products of cotangents at equal ids, and twice those with the tied head where there is one."""
@@ -179,11 +184,24 @@ class Link(NamedTuple):
     array: Any
 
 
+class DenseForm(NamedTuple):
+    """How a dense place is computed.
+
+    Attributes:
+      axes: layout of its ``dot_general``.
+      by_rows: form every row's gradient, which is then summed into the weight's, instead of two ``T x T`` matrices.
+      precision: of the ``dot_general``, which all products of its gradients have, too.
+    """
+
+    axes: DenseAxes
+    by_rows: bool
+    precision: Any
+
+
 def dense(
     dot: Callable[[jax.Array, jax.Array], jax.Array],
-    axes: DenseAxes,
+    form: DenseForm,
     products: Products,
-    by_rows: bool,
     x: jax.Array,
     weight: Weight,
     probe: jax.Array,
@@ -194,9 +212,8 @@ def dense(
 
     Args:
       dot: ``dot_general`` of input and weight, in this order.
-      axes: its layout.
+      form: how.
       products: for pairs or for tokens.
-      by_rows: form every row's gradient, which is then summed into the weight's, instead of two ``T x T`` matrices.
       x: one row's input.
       weight: the weight.
       probe: its cotangent are the products.
@@ -206,6 +223,7 @@ def dense(
     Returns:
       The product, and scale.
     """
+    axes, by_rows, precision = form
 
     def plain(rows: Tree, shared: Tree) -> Tree:
         return dot(rows[0], shared[0][0]), rows[1]
@@ -222,20 +240,23 @@ def dense(
         (to_x,) = _over_rows(jax.linear_transpose(lambda x: dot(x, u), jax.typeof(x).update(shape=x.shape[2:])))(g)
         inputs, outputs = axes.canonical(x, g, u)
         if by_rows:
-            found, gradients = _gradients_by_rows(inputs, outputs, weights, len(copies))
+            found, gradients = _gradients_by_rows(inputs, outputs, weights, len(copies), precision)
             to_weight = tuple(axes.weight_shaped(gradient, u) for gradient in gradients)
         else:
-            found = products.dense(inputs, outputs)
-            sums = (_weight_gradient(*rows) for rows in _per_copy(len(copies), inputs, outputs, weights))
+            found = products.dense(inputs, outputs, precision)
+            weigh = functools.partial(_weight_gradient, precision=precision)
+            sums = (weigh(*rows) for rows in _per_copy(len(copies), inputs, outputs, weights))
             to_weight = tuple(axes.weight_shaped(gradient, u) for gradient in sums)
-        to_link = None if link is None else Link(None, None, _head_rows(inputs[:, :, 0], outputs[:, :, 0], link))
+        to_link = (
+            None if link is None else Link(None, None, _head_rows(inputs[:, :, 0], outputs[:, :, 0], link, precision))
+        )
         return (to_x, weights, to_link), (to_weight, found)
 
     batched.defvjp(forward, backward)
     return row_operation(plain, batched)((x, scale, link), (weight.copies, probe))
 
 
-def _weight_gradient(inputs: jax.Array, outputs: jax.Array, weights: jax.Array) -> jax.Array:
+def _weight_gradient(inputs: jax.Array, outputs: jax.Array, weights: jax.Array, precision: Any) -> jax.Array:
     """The weighted sum of all rows' gradients, ``[E, I, O]``; inputs and outputs as in ``Products.dense``."""
     if inputs.size < outputs.size:
         inputs = _times(inputs, weights)
@@ -244,12 +265,12 @@ def _weight_gradient(inputs: jax.Array, outputs: jax.Array, weights: jax.Array) 
     if inputs.shape[2] == 1:
         # One contracted axis, the first: XLA multiplies as it lies, where several are transposed in memory before.
         inputs, outputs = (array.reshape(-1, array.shape[-1]) for array in (inputs, outputs))
-        return _einsum("ni,no->io", inputs, outputs)[None]
-    return _einsum("breti,breto->eio", inputs, outputs)
+        return _einsum("ni,no->io", inputs, outputs, precision=precision)[None]
+    return _einsum("breti,breto->eio", inputs, outputs, precision=precision)
 
 
 def _gradients_by_rows(
-    inputs: jax.Array, outputs: jax.Array, weights: jax.Array, copies: int
+    inputs: jax.Array, outputs: jax.Array, weights: jax.Array, copies: int, precision: Any
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Products ``[B, 3]`` and weighted sums ``[E, I, O]``, one pair's two gradients in memory at a time.
 
@@ -260,25 +281,27 @@ def _gradients_by_rows(
 
     def group(sums: tuple[jax.Array, ...], rows: Tree) -> Tree:
         x, g, w = rows
-        gradients = _einsum("nreti,nreto->nreio", x, g)
+        gradients = _einsum("nreti,nreto->nreio", x, g, precision=precision)
         w = w.astype(gradients.dtype)
         sums_of = [_einsum("nr,nreio->eio", *rows) for rows in _per_copy(copies, w, gradients)]
         return tuple(s + p for s, p in zip(sums, sums_of, strict=True)), PairProducts().rows(gradients)
 
     zeros = jnp.zeros((inputs.shape[2], inputs.shape[4], outputs.shape[4]), accumulator_dtype((inputs, outputs)))
     # pairs of one device are neighbours: [devices, pairs of one] to [pairs of one, devices]
-    split = [jnp.moveaxis(a.reshape(together, -1, *a.shape[1:]), 1, 0) for a in (inputs, outputs, weights)]
+    split = [
+        jnp.moveaxis(a.reshape(together, pairs // together, *a.shape[1:]), 1, 0) for a in (inputs, outputs, weights)
+    ]
     sums, found = jax.lax.scan(group, (zeros,) * copies, tuple(split))
     return jnp.moveaxis(found, 0, 1).reshape(pairs, 3), sums
 
 
-def _head_rows(inputs: jax.Array, outputs: jax.Array, link: Link) -> jax.Array:
+def _head_rows(inputs: jax.Array, outputs: jax.Array, link: Link, precision: Any) -> jax.Array:
     """Rows of the head's gradients of both sides (j) at the ids of every row (i): ``[B, 2, 2, T, D]``."""
     ids = jnp.where(link.valid, link.ids, 0)
 
     def one(ids: jax.Array, valid: jax.Array, outputs: jax.Array, inputs: jax.Array) -> jax.Array:
         taken = jnp.take(outputs, ids, axis=1, mode="clip")  # [S, T]
-        return _einsum("st,sd->td", jnp.where(valid[None], taken, 0), inputs)
+        return _einsum("st,sd->td", jnp.where(valid[None], taken, 0), inputs, precision=precision)
 
     sides = jax.vmap(one, in_axes=(None, None, 0, 0))
     return jax.vmap(jax.vmap(sides, in_axes=(0, 0, None, None)))(ids, link.valid, outputs, inputs)

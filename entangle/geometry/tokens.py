@@ -38,7 +38,8 @@ def token_gram(
         tokens, ``[B, R, T]``, row by row.
       params: pytree of trainable arrays.
       pair: pytree of arrays with leading axis ``[2]``.
-      positions: ``[2, N]``, of N tokens of either side; where a side has fewer, -1, whose gradient is zero.
+      positions: ``[2, N]`` whole numbers, of N tokens of either side; where a side has fewer, -1, whose gradient is zero.
+        Products of a position that no row has are NaN.
       copy_limit: see :func:`entangle.geometry.vjp_with_geometry`.
 
     Returns:
@@ -46,7 +47,7 @@ def token_gram(
       with that of token m of side j.
 
     Raises:
-      ValueError: pair or token_log_prob_fn have other shapes than these.
+      ValueError: pair, positions or token_log_prob_fn have other shapes than these.
       UnsupportedModelError: see :func:`entangle.geometry.vjp_with_geometry`.
 
     References:
@@ -61,6 +62,9 @@ def token_gram(
       >>> round(float(gram[0, 0, 1, 0]), 3)  # -1/3 for two tokens of three
       -0.333
     """
+    positions = jnp.asarray(positions)
+    if positions.ndim != 2 or positions.shape[0] != 2 or not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"positions: whole numbers [2, N] are needed, got {positions.dtype} {positions.shape}")
     gram = functools.partial(_token_gram, token_log_prob_fn, copy_limit)
     return meshes.automatic(gram, P())(params, pair, positions)
 
@@ -85,7 +89,9 @@ def _token_gram(
     units = jnp.moveaxis(jax.nn.one_hot(positions, log_probs.shape[-1], dtype=log_probs.dtype), 0, 1)[:, None]
     found = jax.vmap(lambda unit: pull(unit)[0])(units)
     sums = [array.reshape(count, -1, 2, count, 2).sum(1) for array in found.values()]
-    return jnp.transpose(functools.reduce(jnp.add, sums, jnp.zeros((count, 2, count, 2), dtype)), (1, 0, 3, 2))
+    gram = jnp.transpose(functools.reduce(jnp.add, sums, jnp.zeros((count, 2, count, 2), dtype)), (1, 0, 3, 2))
+    outside = (positions < -1) | (positions >= log_probs.shape[-1])
+    return jnp.where(outside[:, :, None, None] | outside[None, None], jnp.nan, gram)
 
 
 class TokenProducts:
@@ -99,9 +105,9 @@ class TokenProducts:
         """Args: count: N."""
         self.count = count
 
-    def dense(self, inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
+    def dense(self, inputs: jax.Array, cotangents: jax.Array, precision: Any) -> jax.Array:
         """From ``T x T`` products of inputs ``[1, 2, E, T, I]``, and cotangents ``[1, 2, E, T, O]``."""
-        return self._over_pulls(_dense_gram, cotangents, inputs)
+        return self._over_pulls(functools.partial(_dense_gram, precision=precision), cotangents, inputs)
 
     def lookup(self, ids: jax.Array, valid: jax.Array, cotangents: jax.Array, link: jax.Array | None) -> jax.Array:
         """From cotangents at equal ids, and those with the tied head."""
@@ -128,14 +134,14 @@ class TokenProducts:
         return call(one, shared)
 
 
-def _dense_gram(cotangents: jax.Array, inputs: jax.Array) -> jax.Array:
-    kernels = _einsum("ietk,jesk->eijts", inputs[0], inputs[0]).astype(cotangents.dtype)
+def _dense_gram(cotangents: jax.Array, inputs: jax.Array, precision: Any) -> jax.Array:
+    times = functools.partial(_einsum, precision=precision)
+    kernels = times("ietk,jesk->eijts", inputs[0], inputs[0])
 
     def products(part: jax.Array) -> jax.Array:
-        block = lambda i, j: _einsum(  # noqa: E731
-            "neto,meto->nm",
-            part[:, 0, i],
-            _einsum("ets,meso->meto", kernels[:, i, j], part[:, 0, j]).astype(part.dtype),
+        part = part.astype(kernels.dtype)  # products of inputs, rounded, would be forty times as far off
+        block = lambda i, j: times(  # noqa: E731
+            "neto,meto->nm", part[:, 0, i], times("ets,meso->meto", kernels[:, i, j], part[:, 0, j])
         )
         return _blocks(block)
 
@@ -177,5 +183,5 @@ def _blocks(block: Callable[[int, int], jax.Array]) -> jax.Array:
     return jnp.stack([jnp.stack([chosen, cross], -1), jnp.stack([cross.T, rejected], -1)], 1)
 
 
-def _einsum(spec: str, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(spec, *operands, preferred_element_type=accumulator_dtype(operands))
+def _einsum(spec: str, *operands: jax.Array, precision: Any = None) -> jax.Array:
+    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=accumulator_dtype(operands))

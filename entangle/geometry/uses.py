@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
+from entangle import jaxprs
 from entangle.errors import UnsupportedModelError
-from entangle.geometry import jaxprs
 from entangle.geometry.dense_axes import DenseAxes
 
 COPY_LIMIT = 2**20
@@ -33,6 +33,9 @@ _VIEWS = {
     primitives.broadcast_in_dim_p,
 }
 
+# Views whose axes are the parameter's own.
+_STILL = {primitives.convert_element_type_p, primitives.copy_p, primitives.sharding_constraint_p}
+
 
 class Place(NamedTuple):
     """One place where a parameter meets the rows.
@@ -43,6 +46,7 @@ class Place(NamedTuple):
       lengths: lengths of the scans around it, outermost first.
       sizes: E, T, I and O of a dense place, else ().
       where: file and line of the model's code.
+      layered: whether the scans run over the parameter's own leading axes, whole and as they are.
     """
 
     leaf: int
@@ -50,6 +54,23 @@ class Place(NamedTuple):
     lengths: tuple[int, ...]
     sizes: tuple[int, ...]
     where: str
+    layered: bool
+
+
+class Source(NamedTuple):
+    """What a variable is a view of.
+
+    Attributes:
+      leaf: number of the parameter.
+      lengths: of the scans around, outermost first.
+      moved: whether its axes are no longer the parameter's.
+      layered: see Place.
+    """
+
+    leaf: int
+    lengths: tuple[int, ...] = ()
+    moved: bool = False
+    layered: bool = True
 
 
 class Dense(NamedTuple):
@@ -98,7 +119,7 @@ def find_uses(jaxpr: Any, names: Sequence[str], copy_limit: int = COPY_LIMIT) ->
       UnsupportedModelError: a parameter larger than the limit is used in a way that has no known form.
     """
     finder = _Finder(names, copy_limit)
-    weights = {var: (leaf, ()) for leaf, var in enumerate(jaxpr.invars[: len(names)])}
+    weights = {var: Source(leaf) for leaf, var in enumerate(jaxpr.invars[: len(names)])}
     rows = set(jaxpr.invars[len(names) :])
     return finder.scope(jaxpr, weights, {}, rows), finder.places
 
@@ -110,8 +131,8 @@ class _Finder:
         self.names, self.copy_limit = names, copy_limit
         self.places: list[Place] = []
 
-    def add(self, source: tuple[int, tuple[int, ...]], form: str, eqn: Any, sizes: tuple[int, ...] = ()) -> int:
-        self.places.append(Place(source[0], form, source[1], sizes, jaxprs.where(eqn)))
+    def add(self, source: Source, form: str, eqn: Any, sizes: tuple[int, ...] = ()) -> int:
+        self.places.append(Place(source.leaf, form, source.lengths, sizes, jaxprs.where(eqn), source.layered))
         return len(self.places) - 1
 
     def scope(self, jaxpr: Any, weights: dict[Any, Any], derived: dict[Any, set[int]], rows: set[Any]) -> Scope:
@@ -119,7 +140,7 @@ class _Finder:
 
         Args:
           jaxpr: the program.
-          weights: its variables that are views of a parameter -> (leaf, lengths of the scans around).
+          weights: its variables that are views of a parameter.
           derived: its variables that depend on parameters only, in another way -> leaves.
           rows: its variables that depend on the row.
         """
@@ -136,7 +157,7 @@ class _ScopeFinder:
         self.live = jaxprs.live_equations(jaxpr)
         self.rows = set(rows)
         self.given = derived
-        self.derived = {var: {source[0]} for var, source in weights.items()} | derived
+        self.derived = {var: {source.leaf} for var, source in weights.items()} | derived
         self.uses: dict[Any, list[tuple[int, int]]] = {}
         self.copies: dict[Any, int] = {}
         self.equations: dict[int, Dense | Lookup | Scope] = {}
@@ -188,7 +209,7 @@ class _ScopeFinder:
                 derived[var] = self.derived[outer]
         self.equations[index] = self.finder.scope(inner, weights, derived, rows)
 
-    def follow(self, var: Any, source: tuple[int, tuple[int, ...]]) -> None:
+    def follow(self, var: Any, source: Source) -> None:
         """Find where a view of a parameter meets the row."""
         uses = self.uses.get(var, [])
         eqns: list[Any] = [self.jaxpr.eqns[index] if index >= 0 else None for index, _ in uses]
@@ -197,7 +218,7 @@ class _ScopeFinder:
         if len(uses) > 1:
             if _disjoint_slices(eqns):
                 for eqn in eqns:
-                    self.follow(eqn.outvars[0], source)
+                    self.follow(eqn.outvars[0], source._replace(moved=True))
             elif not self._tied(var, uses, source):
                 self._copy(var, source, eqns)
             return
@@ -207,13 +228,16 @@ class _ScopeFinder:
         elif eqn.primitive is primitives.stop_gradient_p:
             return
         elif is_view(eqn):
+            moved = source.moved or eqn.primitive not in _STILL
             for out in eqn.outvars:
-                self.follow(out, source)
+                self.follow(out, source._replace(moved=moved))
         elif eqn.primitive is primitives.remat_p:
             self.pending.setdefault(index, {})[eqn.params["jaxpr"].invars[position]] = source
         elif eqn.primitive is primitives.scan_p and position >= sum(jaxprs.scan_inputs(eqn)):
             inner = eqn.params["jaxpr"].jaxpr.invars[position]
-            self.pending.setdefault(index, {})[inner] = (source[0], (*source[1], eqn.params["length"]))
+            over = (*source.lengths, eqn.params["length"])
+            layered = source.layered and not source.moved
+            self.pending.setdefault(index, {})[inner] = source._replace(lengths=over, layered=layered)
         elif self._is_dense(eqn, position):
             axes = _dense_axes(eqn, position)
             place = self.finder.add(
@@ -226,7 +250,8 @@ class _ScopeFinder:
             self._copy(var, source, eqns)
 
     def _is_dense(self, eqn: Any, position: int) -> bool:
-        return eqn.primitive is primitives.dot_general_p and eqn.invars[1 - position] not in self.derived
+        other = eqn.invars[1 - position] if eqn.primitive is primitives.dot_general_p else None
+        return other is not None and other not in self.derived and jnp.issubdtype(other.aval.dtype, jnp.floating)
 
     def _is_lookup(self, eqn: Any, position: int) -> bool:
         if eqn.primitive is not primitives.gather_p or position != 0 or eqn.invars[1] in self.derived:
@@ -242,7 +267,7 @@ class _ScopeFinder:
             and eqn.params["mode"] in _VALID
         )
 
-    def _tied(self, var: Any, uses: Sequence[tuple[int, int]], source: tuple[int, tuple[int, ...]]) -> bool:
+    def _tied(self, var: Any, uses: Sequence[tuple[int, int]], source: Source) -> bool:
         """Whether a matrix is looked up in once and is a head once; if so both are planned."""
         ends = [end for end in (self._end(index, position) for index, position in uses) if end is not None]
         if not len(ends) == len(uses) == 2:
@@ -280,14 +305,14 @@ class _ScopeFinder:
         uses = self.uses.get(out, [])
         return self._end(*uses[0], order) if len(uses) == 1 else None
 
-    def _copy(self, var: Any, source: tuple[int, tuple[int, ...]], eqns: Sequence[Any]) -> None:
+    def _copy(self, var: Any, source: Source, eqns: Sequence[Any]) -> None:
         size = math.prod(var.aval.shape)
         if size > self.finder.copy_limit:
             users = ", ".join(
                 sorted({f"{eqn.primitive.name} at {jaxprs.where(eqn)}" for eqn in eqns if eqn is not None})
             )
             raise UnsupportedModelError(
-                f"parameter {self.finder.names[source[0]]}: no short exact form of the geometry is known for its "
+                f"parameter {self.finder.names[source.leaf]}: no short exact form of the geometry is known for its "
                 f"{'uses' if len(eqns) > 1 else 'use'} ({users or 'as a result'}), and {size} numbers are too many to "
                 f"copy for every row (copy_limit={self.finder.copy_limit})"
             )
@@ -349,6 +374,8 @@ def read_ids(eqn: Any, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Ids ``[T]`` that a gather with these indices reads, and which of them lie in the table."""
     rows = eqn.invars[0].aval.shape[0]
     ids = indices.reshape(-1)
+    if ids.dtype.itemsize < 4:  # the table's length may be more than they can hold
+        ids = ids.astype(jnp.int32)
     if eqn.params["mode"] == _MODE.CLIP:
         ids = jnp.clip(ids, 0, rows - 1)
     return ids, (ids >= 0) & (ids < rows)

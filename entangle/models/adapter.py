@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from entangle import jaxprs
 from entangle.errors import UserError
 from entangle.models.decoder import at_least_float32
 from entangle.models.language_model import next_token_log_probs
@@ -61,16 +62,24 @@ def log_prob_function(
                 f"{type(module).__name__}: parameter {_name(path)} has dtype {leaf.dtype}, not a floating one"
             )
 
-    def log_prob_fn(params: Params, batch: PairBatch, /) -> jax.Array:
+    def run(params: Params, frozen: Params, tokens: jax.Array) -> tuple[Any, Params]:
         merged = nnx.merge(graph, params, frozen)
-        before = nnx.to_pure_dict(nnx.state(merged))
-        tokens = batch.tokens.reshape(-1, batch.tokens.shape[-1])
         logits = call(merged, tokens)
-        _refuse_writes(module, before, nnx.to_pure_dict(nnx.state(merged)))
-        if logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+        return logits, nnx.to_pure_dict(nnx.state(merged))
+
+    def log_prob_fn(params: Params, batch: PairBatch, /) -> jax.Array:
+        if not isinstance(batch, PairBatch):
+            raise UserError(f"{type(module).__name__}: a PairBatch is needed, got {type(batch).__name__}")
+        tokens = batch.tokens.reshape(-1, batch.tokens.shape[-1])
+        if written := _writes(run, params, frozen, tokens):
             raise UserError(
-                f"{type(module).__name__}: logits of shape {logits.shape} for tokens of shape {tokens.shape}"
+                f"{type(module).__name__}: the call writes to {', '.join(written)}; a row's log-probability has to "
+                "depend on parameters and row alone (dropout and batch statistics: module.eval())"
             )
+        logits, _ = run(params, frozen, tokens)
+        if not isinstance(logits, jax.Array) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+            shape = getattr(logits, "shape", type(logits).__name__)
+            raise UserError(f"{type(module).__name__}: logits of shape {shape} for tokens of shape {tokens.shape}")
         logits = logits.astype(at_least_float32(logits.dtype))
         per_token = next_token_log_probs(logits[:, :-1], tokens).reshape(batch.tokens.shape)
         return jnp.where(batch.completion_mask, per_token, jnp.zeros_like(per_token)).sum(-1)
@@ -78,14 +87,22 @@ def log_prob_function(
     return log_prob_fn, params
 
 
-def _refuse_writes(module: nnx.Module, before: Any, after: Any) -> None:
-    old, new = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (before, after))
-    written = [_name(path) for path, leaf in new.items() if old.get(path) is not leaf]
-    if written:
-        raise UserError(
-            f"{type(module).__name__}: the call writes to {', '.join(sorted(written))}; a row's log-probability has to "
-            "depend on parameters and row alone (dropout and batch statistics: module.eval())"
-        )
+def _writes(run: Callable[..., tuple[Any, Params]], params: Params, frozen: Params, tokens: jax.Array) -> list[str]:
+    """Names of the variables that a call gives another value: in its program, what does not come out as it went in.
+
+    ``nnx.jit``, ``nnx.remat`` and ``nnx.scan`` write every variable that they are given back, as it was.
+    """
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), (params, frozen, tokens))
+    closed, (_, after) = jax.make_jaxpr(run, return_shape=True)(*shapes)
+    variables = jax.tree_util.tree_leaves_with_path(shapes[0]) + jax.tree_util.tree_leaves_with_path(shapes[1])
+    before = {_name(path): var for (path, _), var in zip(variables, closed.jaxpr.invars[:-1], strict=True)}
+    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(after)]
+    results = closed.jaxpr.outvars[len(closed.jaxpr.outvars) - len(names) :]
+    return sorted(
+        name
+        for name, var in zip(names, results, strict=True)
+        if jaxprs.source_of(closed.jaxpr, var) is not before.get(name)
+    )
 
 
 def _name(path: Any) -> str:

@@ -126,3 +126,11 @@ def test_ratios_have_finite_derivatives_at_a_zero_gradient():
     zero = PairGeometry(*(jnp.zeros(()) for _ in range(3)))
     slopes = jax.grad(geometry.condition_ratio)(zero)
     assert all(bool(jnp.isfinite(x)) for x in slopes)
+
+
+def test_coefficients_of_another_shape_are_refused():
+    s = geometry.PairGeometry(*jnp.ones((3, 4)))
+    for d in (jnp.ones((4, 1)), jnp.ones(3)):
+        with pytest.raises(ValueError, match=r"d_w, d_l: the geometry has shape \(4,\)"):
+            geometry.case_of(s, d, jnp.ones(4))
+    assert geometry.case_of(s, jnp.array(1.0), jnp.ones(4)).shape == (4,)

@@ -339,6 +339,7 @@ def test_coefficients_in_the_geometry_are_noticed(monkeypatch):
         ((), lambda p, x: jnp.sum(p), r"batch: .* got \[\]"),
         (jnp.ones((3, 2, 4)), lambda p, x: x * p, r"log_prob_fn: shape \(3, 2\) is needed .* got \(3, 2, 4\)"),
         (jnp.ones((3, 2, 4)), lambda p, x: (x @ p).T, r"log_prob_fn: shape \(3, 2\) is needed .* got \(2, 3\)"),
+        (jnp.ones((3, 2, 4)), lambda p, x: (x @ p).astype(int), r"log_prob_fn: floating numbers .* int32"),
         (jnp.ones((3, 2, 4)), lambda p, x: (x @ p, p), r"log_prob_fn: an array is needed, got tuple"),
         (
             jnp.ones((3, 2, 4)),
@@ -379,11 +380,113 @@ def test_other_coefficients_than_one_a_pair_are_refused(d):
         pull_back(*d)
 
 
-def test_no_pairs_at_a_time_are_refused():
+@pytest.mark.parametrize("function", [geometry.pair_geometry, geometry.scan_geometry])
+def test_no_pairs_at_a_time_are_refused(function):
     batch = jnp.ones((3, 2, 4))
     for size in (0, -1):
         with pytest.raises(ValueError, match=f"batch_size: at least 1 pair at a time, got {size}"):
-            geometry.pair_geometry(lambda p, x: x @ p, jnp.ones(4), batch, batch_size=size)
+            function(lambda p, x: x @ p, jnp.ones(4), batch, batch_size=size)
+
+
+def test_other_sides_than_two_are_refused_by_the_scan_and_by_changes():
+    model, w = (lambda p, x: x @ p), jnp.ones(4)
+    for sides in (1, 3):
+        batch = jnp.ones((3, sides, 4))
+        for call in (geometry.scan_geometry, lambda *a: geometry.step_changes(a[0], w, w, w, a[2])):
+            with pytest.raises(ValueError, match=r"batch: .* \[B, 2\]"):
+                call(model, w, batch)
+
+
+# What a review found.
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32"])
+@pytest.mark.parametrize("mode", [None, "clip", "fill"])
+@pytest.mark.usefixtures("x64")
+def test_ids_too_narrow_for_the_tables_length(dtype, mode):
+    def model(params, batch):
+        return zoo.select(jnp.take(params["e"], batch.tokens.astype(dtype), axis=0, mode=mode), batch)
+
+    hold(model, {"e": zoo.draw((256, zoo.VOCAB), 0, jnp.float64)}, pairs(0), 1e-10)
+
+
+@pytest.mark.parametrize("form", ["halves", "reshaped", "turned"])
+@pytest.mark.usefixtures("x64")
+def test_per_parameter_a_stack_that_is_not_scanned_as_it_lies_is_summed(form):
+    """Its layers would be taken for others."""
+
+    def model(params, batch):
+        layer = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
+        x, w = jax.nn.one_hot(batch.tokens, 4, dtype=jnp.float64), params["w"]
+        if form == "halves":
+            x, _ = jax.lax.scan(layer, x, w[:2])
+            x, _ = jax.lax.scan(layer, x, w[2:])
+        elif form == "reshaped":
+            x, _ = jax.lax.scan(lambda x, ws: jax.lax.scan(layer, x, ws), x, w.reshape(2, 2, 4, 4))
+        else:
+            x, _ = jax.lax.scan(layer, x, jnp.swapaxes(w, 0, 1))
+        return zoo.select(x, batch)
+
+    params, batch = {"w": zoo.draw((4, 4, 4), 0, jnp.float64)}, pairs(0, vocab=4)
+    tree = geometry.pair_geometry(model, params, batch, per_parameter=True)
+    np.testing.assert_allclose(
+        tree["w"].chosen_sq_norm, np.sum(row_gradients(model, params, batch)[:, 0] ** 2, -1), rtol=1e-10
+    )
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_the_models_precision_is_that_of_all_products_of_its_gradients(monkeypatch, rows):
+    monkeypatch.setattr(one_backward, "by_rows", lambda *sizes, with_gradient: rows)
+    x = jnp.ones((3, 2, 4, 4))
+
+    def step(params):
+        model = lambda p, x: jnp.sum(jnp.matmul(x, p, precision="highest"), (-1, -2))  # noqa: E731
+        return geometry.vjp_with_geometry(model, params, x)[1](jnp.ones(3), jnp.ones(3))
+
+    program = str(jax.make_jaxpr(step)(jnp.ones((4, 4))))
+    found = program.count("dot_general["), program.count("precision=(Precision.HIGHEST")
+    # forward, to the input, and the rows' gradients, whose weighted sum is no product of the model's; or two Grams and the sum
+    assert found == ((4, 3) if rows else (5, 5))
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.bool_, list])
+def test_coefficients_of_other_kinds_are_numbers(kind):
+    _, pull_back = geometry.vjp_with_geometry(lambda p, x: x @ p, jnp.ones(4), jnp.ones((3, 2, 4)))
+    one = [1, 0, 1] if kind is list else np.array([1, 0, 1], kind)
+    expected, _ = pull_back(jnp.array([1.0, 0.0, 1.0]), jnp.zeros(3))
+    np.testing.assert_array_equal(pull_back(one, np.zeros(3, np.uint8))[0], expected)
+    assert np.all(expected < 0)
+
+
+def test_weakly_typed_parameters_stay_so():
+    """Else the program would compute wider than the model does."""
+    model = lambda p, x: jnp.sum(jnp.tanh(x.astype(jnp.bfloat16) * p), -1).astype(jnp.float32)  # noqa: E731
+    weak, x = jnp.asarray(0.7), jax.random.normal(jax.random.key(0), (3, 2, 5))
+    assert weak.weak_type
+    log_probs, _ = geometry.vjp_with_geometry(model, weak, x)
+    np.testing.assert_array_equal(log_probs, model(weak, x))
+
+
+@pytest.mark.usefixtures("x64")
+def test_products_with_whole_numbers_are_copied():
+    """A dot_general of integer inputs cannot be transposed to them."""
+
+    def model(params, batch):
+        x = batch.tokens[..., None] + 1
+        dims = (((x.ndim - 1,), (0,)), ((), ()))
+        return zoo.select(jax.lax.dot_general(x, params["w"], dims, preferred_element_type=jnp.float64), batch)
+
+    params = {"w": zoo.draw((1, zoo.VOCAB), 0, jnp.float64)}
+    assert [use.form for use in geometry.parameter_uses(model, params, pairs(0))] == ["copy"]
+    hold(model, params, pairs(0), 1e-10)
+
+
+def test_empty_parameters_have_no_geometry():
+    model = lambda p, x: jnp.sum(x @ p["w"], -1) + x @ p["v"]  # noqa: E731
+    params = {"w": jnp.zeros((4, 0)), "v": jnp.ones(4)}
+    for batch_size in (None, 2):
+        s = geometry.pair_geometry(model, params, jnp.ones((3, 2, 4)), batch_size=batch_size)
+        np.testing.assert_array_equal(s.inner_product, 4.0)
 
 
 # What has no short form is named.

@@ -89,3 +89,27 @@ def test_token_gram_sums_to_the_geometry_of_the_pair():
     s = jax.jit(lambda p: geometry.scan_geometry(log_prob_fn, p, one))(params)
     sums = np.sum(gram, (1, 3))
     np.testing.assert_allclose([sums[0, 0], sums[1, 1], sums[0, 1]], np.ravel(s), rtol=1e-10)
+
+
+def test_positions_that_no_row_has():
+    unigram = lambda params, tokens: jax.nn.log_softmax(params)[tokens]  # noqa: E731
+    tokens = jnp.array([[0, 1], [0, 2]])
+    gram = geometry.token_gram(unigram, jnp.zeros(3), tokens, jnp.array([[1, 2, -1], [0, 1, -2]]))
+    asked = np.array([[True, False, True], [True, True, False]])
+    np.testing.assert_array_equal(np.isfinite(gram), asked[:, :, None, None] & asked[None, None])
+    for wrong in (jnp.array([0, 1]), jnp.array([[0.0], [1.0]]), jnp.zeros((3, 1), int)):
+        with pytest.raises(ValueError, match=r"positions: whole numbers \[2, N\]"):
+            geometry.token_gram(unigram, jnp.zeros(3), tokens, wrong)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 1e-3), ("float16", 1e-4)])
+def test_narrow_inputs_are_multiplied_in_float32(dtype, tolerance):
+    """Products of inputs, about 10^6, are more than float16 holds and more digits than bfloat16 has."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(100 * rng.standard_normal((2, 5, 64)), dtype)
+    params = jnp.asarray(rng.standard_normal((64, 8)), dtype)
+    linear = lambda w, x: jnp.sum((x @ w).astype(jnp.float32) / 1024, -1)  # noqa: E731
+    gram = geometry.token_gram(linear, params, x, jnp.array([[0, 2], [1, 3]]))
+    taken = np.stack([np.asarray(x, np.float64)[0, [0, 2]], np.asarray(x, np.float64)[1, [1, 3]]])
+    expected = np.einsum("ink,jmk->injm", taken, taken) * 8 / 1024**2
+    np.testing.assert_allclose(gram, expected, atol=tolerance * expected.max())

@@ -186,3 +186,64 @@ def test_other_refusals_name_module_and_parameter():
     log_prob_fn, params = log_prob_function(Foreign(tied=False), call=lambda module, tokens: module(tokens)[0])
     with pytest.raises(UserError, match=r"^Foreign: logits of shape \(8, 7\) for tokens of shape \(10, 8\)"):
         log_prob_fn(params, draw_pairs(0))
+
+
+class Wrapped(nnx.Module):
+    """A block under another module's transform."""
+
+    def __init__(self, transform, *, dropout=0.0):
+        rngs = nnx.Rngs(0)
+        wide = jnp.result_type(float)
+        self.embed, self.head = nnx.Embed(VOCAB, WIDTH, dtype=wide, rngs=rngs), nnx.Linear(WIDTH, VOCAB, rngs=rngs)
+        self.inner = nnx.Sequential(
+            nnx.Linear(WIDTH, WIDTH, rngs=rngs), nnx.LayerNorm(WIDTH, rngs=rngs), nnx.Dropout(dropout, rngs=rngs)
+        )
+        self.transform = transform
+
+    def __call__(self, tokens):
+        return self.head(self.transform(lambda inner, x: inner(x))(self.inner, self.embed(tokens)))
+
+
+class Layers(nnx.Module):
+    """Blocks that are scanned over, each under remat."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        wide = jnp.result_type(float)
+        self.embed, self.head = nnx.Embed(VOCAB, WIDTH, dtype=wide, rngs=rngs), nnx.Linear(WIDTH, VOCAB, rngs=rngs)
+        self.layers = nnx.vmap(lambda rngs: nnx.Linear(WIDTH, WIDTH, rngs=rngs))(rngs.split(3))
+
+    def __call__(self, tokens):
+        step = nnx.scan(nnx.remat(lambda x, layer: jnp.tanh(layer(x))), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return self.head(step(self.embed(tokens), self.layers))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Wrapped(nnx.remat), lambda: Wrapped(nnx.jit), Layers], ids=["remat", "jit", "scan"]
+)
+@pytest.mark.usefixtures("x64")
+def test_variables_that_a_transform_writes_back_as_they_were_are_not_written(make):
+    module = make()
+    module.eval()
+    log_prob_fn, params = log_prob_function(module)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+    batch = draw_pairs(0, vocab=VOCAB)
+    s = jax.jit(geometry.pair_geometry, static_argnums=0)(log_prob_fn, params, batch)
+    g = row_gradients(log_prob_fn, params, batch)
+    np.testing.assert_allclose(s.chosen_sq_norm, np.sum(g[:, 0] ** 2, -1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("transform", [nnx.remat, nnx.jit])
+def test_what_a_transform_changes_is_written(transform):
+    log_prob_fn, params = log_prob_function(Wrapped(transform, dropout=0.5))
+    with pytest.raises(UserError, match=r"the call writes to inner/layers/2/rngs/count;"):
+        log_prob_fn(params, draw_pairs(0, vocab=VOCAB))
+
+
+def test_other_batches_and_results_are_refused():
+    log_prob_fn, params = log_prob_function(Foreign(tied=False))
+    with pytest.raises(UserError, match="Foreign: a PairBatch is needed, got ArrayImpl"):
+        log_prob_fn(params, jnp.zeros((1, 2, 3), jnp.int32))
+    log_prob_fn, params = log_prob_function(Foreign(tied=False), call=lambda module, tokens: (module(tokens), 1))
+    with pytest.raises(UserError, match="Foreign: logits of shape tuple"):
+        log_prob_fn(params, draw_pairs(0, vocab=VOCAB))

@@ -133,3 +133,26 @@ def live_equations(jaxpr: Any, *, with_effects: bool = True) -> frozenset[int]:
 def where(eqn: Any) -> str:
     """File, line and function of the model's code that an equation comes from."""
     return "the result" if eqn is None else source_info_util.summarize(eqn.source_info) or "unknown"
+
+
+def source_of(jaxpr: Any, var: Any) -> Any:
+    """The variable that another one is, unchanged, followed back through inner programs; the variable itself if computed."""
+    made = {out: (eqn, number) for eqn in jaxpr.eqns for number, out in enumerate(eqn.outvars)}
+    while isinstance(var, core.Var) and var in made:
+        eqn, number = made[var]
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        inner = getattr(inner, "jaxpr", inner)
+        if not isinstance(inner, core.Jaxpr) or len(inner.invars) != len(eqn.invars):
+            return var
+        source = source_of(inner, inner.outvars[number])
+        position = inner.invars.index(source) if source in inner.invars else None
+        if position is None or (eqn.primitive is primitives.scan_p and not _comes_out(eqn, position, number)):
+            return var
+        var = eqn.invars[position]
+    return var
+
+
+def _comes_out(eqn: Any, position: int, number: int) -> bool:
+    """Whether a scan whose body returns an input as it is does so, too: what is carried in its place, slices put together."""
+    consts, carries = scan_inputs(eqn)
+    return position - consts == number < carries if position < consts + carries else number >= carries
