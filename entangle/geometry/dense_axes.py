@@ -58,3 +58,17 @@ class DenseAxes(NamedTuple):
         order = (*batch, *contracted, *free)
         inverse = tuple(order.index(axis) for axis in range(u.ndim))
         return jnp.transpose(array.reshape([u.shape[axis] for axis in order]), inverse).astype(u.dtype)
+
+
+class DenseForm(NamedTuple):
+    """How a dense place is computed.
+
+    Attributes:
+      axes: layout of its ``dot_general``.
+      by_rows: form every row's gradient, which is then summed into the weight's, instead of two ``T x T`` matrices.
+      precision: of the ``dot_general``, which all products of its gradients have, too.
+    """
+
+    axes: DenseAxes
+    by_rows: bool
+    precision: Any

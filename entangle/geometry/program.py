@@ -12,6 +12,7 @@ from jax.extend.core import primitives
 
 from entangle import jaxprs
 from entangle.geometry import independence, meshes, taps, uses
+from entangle.geometry.dense_axes import DenseForm
 from entangle.geometry.pairs import count_pairs
 from entangle.geometry.products import accumulator_dtype
 from entangle.geometry.taps import Products, Weight
@@ -175,7 +176,7 @@ class Runner:
             return result
 
         rows = link is None and self.by_rows(self.places[plan.place].sizes)
-        how = taps.DenseForm(plan.axes, rows, eqn.params["precision"])
+        how = DenseForm(plan.axes, rows, eqn.params["precision"])
         return taps.dense(dot, how, self.products, inputs[1 - side], inputs[side], probe, scale, link)
 
     def _lookup(

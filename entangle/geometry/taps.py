@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from entangle.errors import UnsupportedModelError
-from entangle.geometry.dense_axes import DenseAxes
+from entangle.geometry.dense_axes import DenseForm
 from entangle.geometry.meshes import summed_where_it_lies
 from entangle.geometry.products import accumulator_dtype
 
@@ -182,20 +182,6 @@ class Link(NamedTuple):
     ids: Any
     valid: Any
     array: Any
-
-
-class DenseForm(NamedTuple):
-    """How a dense place is computed.
-
-    Attributes:
-      axes: layout of its ``dot_general``.
-      by_rows: form every row's gradient, which is then summed into the weight's, instead of two ``T x T`` matrices.
-      precision: of the ``dot_general``, which all products of its gradients have, too.
-    """
-
-    axes: DenseAxes
-    by_rows: bool
-    precision: Any
 
 
 def dense(

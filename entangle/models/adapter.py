@@ -53,14 +53,7 @@ def log_prob_function(
     """
     graph, *states = nnx.split(module, wrt, ...)
     params, frozen = map(nnx.to_pure_dict, states)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
-        raise UserError(f"{type(module).__name__}: the filter {wrt!r} chooses no parameter of this module")
-    for path, leaf in leaves:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise UserError(
-                f"{type(module).__name__}: parameter {_name(path)} has dtype {leaf.dtype}, not a floating one"
-            )
+    _check_parameters(module, wrt, params)
 
     def run(params: Params, frozen: Params, tokens: jax.Array) -> tuple[Any, Params]:
         merged = nnx.merge(graph, params, frozen)
@@ -85,6 +78,17 @@ def log_prob_function(
         return jnp.where(batch.completion_mask, per_token, jnp.zeros_like(per_token)).sum(-1)
 
     return log_prob_fn, params
+
+
+def _check_parameters(module: nnx.Module, wrt: Any, params: Params) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise UserError(f"{type(module).__name__}: the filter {wrt!r} chooses no parameter of this module")
+    for path, leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise UserError(
+                f"{type(module).__name__}: parameter {_name(path)} has dtype {leaf.dtype}, not a floating one"
+            )
 
 
 def _writes(run: Callable[..., tuple[Any, Params]], params: Params, frozen: Params, tokens: jax.Array) -> list[str]:
