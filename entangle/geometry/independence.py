@@ -62,8 +62,15 @@ def hold_rows_apart(closed: core.ClosedJaxpr, batch_inputs: Iterable[int]) -> No
         inputs.append(axes)
     (found,) = _follow(closed.jaxpr, inputs)
     if not isinstance(found, str):
-        wrong = any(kind == other for axis, other in zip(found[:2], (SIDES, PAIRS), strict=True) for _, kind in axis)
-        found = "pairs and sides are exchanged" if wrong else ""
+        rows = zip(found[:2], (PAIRS, SIDES), strict=True)
+        kinds = {kind for axis, own in rows for length, kind in axis if length > 1 and kind != own}
+        found = (
+            "pairs and sides are exchanged"
+            if kinds & {PAIRS, SIDES}
+            else "numbers no row has met"
+            if VARYING in kinds
+            else ""
+        )
     if found:
         warnings.warn(
             f"log_prob_fn: it could not be shown that rows stay apart ({found}); they do if log_prob_fn of the batch "

@@ -163,6 +163,12 @@ def test_pairs_and_sides_exchanged_are_warned_of():
         geometry.parameter_uses(lambda p, b: zoo.gpt(p, b).T, params, two)
 
 
+def test_results_that_differ_though_no_row_was_met_are_warned_of():
+    model = lambda p, x: jnp.zeros(x.shape[:2]) + jnp.arange(2.0)[None, : x.shape[1]] + p  # noqa: E731
+    with pytest.warns(UserWarning, match="numbers no row has met"):
+        geometry.parameter_uses(model, jnp.ones(()), jnp.ones((3, 2, 4)))
+
+
 def with_side_results(x, batch):
     """Means that the result does not depend on."""
     _ = x.mean()
