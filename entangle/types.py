@@ -47,6 +47,26 @@ class PairLogProbs(NamedTuple):
     rejected_length: jax.Array
 
 
+class PairTokenLogProbs(NamedTuple):
+    """What token-level objectives see of B pairs: log-probabilities position by position, in nats.
+
+    Position t holds what the model says of token t; numbers off the completions do not count.
+
+    Attributes:
+      log_probs: ``[B, 2, T]`` log pi(y_t | x, y_<t) under the policy.
+      ref_log_probs: ``[B, 2, T]`` the same under the reference model; zeros when there is none.
+      completion_mask: ``[B, 2, T]`` bool, true on the tokens of the completions.
+      log_sum_squares: ``[B, 2, T]`` log of the sum of pi(v)^2 over the vocabulary; zeros for objectives without it.
+      kl: ``[B, 2, T]`` KL(reference, policy) of the next-token distributions; zeros for objectives without it.
+    """
+
+    log_probs: jax.Array
+    ref_log_probs: jax.Array
+    completion_mask: jax.Array
+    log_sum_squares: jax.Array
+    kl: jax.Array
+
+
 class PairGradients(NamedTuple):
     """The two halves of the gradient of a margin loss, apart.
 

@@ -34,6 +34,9 @@ class PairConfig:
       eval_batch: pairs at a time in scores and evaluations; less takes less memory.
       sft: supervised fine-tuning on the chosen completions.
       preference: preference optimisation.
+      reference_cache: folder in which the reference's log-probabilities are kept and found again, one file for every pair
+        set (and seed, where SFT comes first) and --eval-batch; a file of another model, tokenizer, data or length is
+        refused.
       data_dir: where TFDS keeps the prepared pair sets; by default its own folder.
       track: whether the runs are mirrored in W&B: offline, or online when a key is configured.
     """
@@ -54,16 +57,18 @@ class PairConfig:
     preference: StageConfig = StageConfig(
         120, 32, OptimizerConfig(learning_rate=2e-5), eval_every=20, checkpoint_every=40
     )
+    reference_cache: Path | None = None
     data_dir: Path | None = None
     track: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
 
 
 def identity(settings: PairConfig) -> dict[str, Any]:
-    """What makes two runs of an experiment the same: everything but where it writes and what it mirrors.
+    """What makes two runs of an experiment the same: everything but where it reads and writes, and what it mirrors.
 
     Example:
       >>> from experiments.pair_config import PairConfig, identity
       >>> sorted(set(vars(PairConfig())) - set(identity(PairConfig())))
-      ['data_dir', 'out', 'track']
+      ['data_dir', 'out', 'reference_cache', 'track']
     """
-    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("out", "data_dir", "track")}
+    left_out = ("out", "reference_cache", "data_dir", "track")
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in left_out}

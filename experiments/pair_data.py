@@ -17,12 +17,12 @@ from experiments.pair_config import PairConfig
 
 
 class Checkpoint(NamedTuple):
-    """A model on disk.
+    """A model with its tokenizer.
 
     Attributes:
       model: the policy.
       params: its parameters.
-      tokenizer: the one beside it.
+      tokenizer: the one that its tokens come from.
     """
 
     model: models.LanguageModel

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from entangle import losses, training
-from entangle.models import LanguageModel
 from entangle.training import RunFolder
 from entangle.types import Params
-from experiments import figures, report, stages
+from experiments import figures, references, report, stages
 from experiments.pair_config import PairConfig, identity
+from experiments.pair_data import Checkpoint
 
 AfterRun = Callable[[Path, stages.PreferenceData, Params, Params], None]
 """Called once a set, for seed 0: the set's folder, its pairs, the parameters before and after preference optimisation."""
@@ -65,8 +65,7 @@ def identities(
 
 def run_all(
     settings: PairConfig,
-    model: LanguageModel,
-    base: Params,
+    base: Checkpoint,
     pairs: Mapping[str, stages.PreferenceData],
     tracker: stages.TrackerFactory,
     after: AfterRun | None = None,
@@ -77,21 +76,20 @@ def run_all(
 
     Args:
       settings: the configuration.
-      model: the policy.
-      base: parameters to start from.
+      base: the policy, the parameters to start from, and the tokenizer.
       pairs: pair set -> both splits.
       tracker: makes the mirror of a run.
       after: what else is to be made from the models of seed 0.
       sft_first: SFT before; without it ``base`` itself is start and reference of preference optimisation.
 
     Raises:
-      UserError: a folder holds another run.
+      UserError: a folder holds another run, or the reference cache another reference's log-probabilities.
       NonFiniteError: see ``training.train``.
     """
-    sft = stages.likelihood_program(model, settings.sft)
+    sft = stages.likelihood_program(base.model, settings.sft)
     objective = losses.get_objective(settings.objective, **settings.objective_args)
     preference = stages.preference_program(
-        model,
+        base.model,
         settings.preference,
         objective,
         settings.pair_chain,
@@ -102,11 +100,20 @@ def run_all(
         for seed in range(settings.seeds):
             folder = settings.out / pair_set / f"seed{seed}"
             supervised, preferred = identities(settings, pair_set, both, seed)
-            start = base
+            start = base.params
             if sft_first:
-                start = stages.supervise(folder / "sft", model, sft, base, both.train, supervised, tracker)
+                start = stages.supervise(folder / "sft", base.model, sft, start, both.train, supervised, tracker)
             end = stages.prefer(
-                folder / "preference", preference, start, both, preferred, tracker, probe_pairs=settings.probe_pairs
+                folder / "preference",
+                preference,
+                start,
+                both,
+                preferred,
+                tracker,
+                probe_pairs=settings.probe_pairs,
+                cache=references.find(
+                    settings, base._replace(params=start), pair_set, both, seed if sft_first else None
+                ),
             )
             if seed == 0 and after is not None:
                 after(folder, both, start, end)

@@ -20,7 +20,7 @@ import tyro
 from entangle import data
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, StageConfig
-from experiments import command_line, pair_data, pair_runs, stages
+from experiments import command_line, pair_data, pair_runs, references, stages
 from experiments.pair_config import NOT_EVALUATED, PairConfig
 
 PAIR_SET = "preferences"
@@ -125,6 +125,7 @@ def gather(settings: PreferencesConfig) -> Materials:
         add_eos=True,
         trained=("sft", "preference") if settings.sft_first else ("preference",),
     )
+    references.check(settings, checkpoint, {PAIR_SET: pairs}, sft_first=settings.sft_first)
     return Materials(checkpoint, pairs, {"files": lines, **report})
 
 
@@ -141,9 +142,7 @@ def run(settings: PreferencesConfig) -> list[Path]:
     checkpoint, pairs, lines = gather(settings)
     experiment = pair_runs.open_folder(settings, PAIR_SET, {PAIR_SET: pairs}, {PAIR_SET: lines})
     tracker = pair_runs.trackers(settings)
-    pair_runs.run_all(
-        settings, checkpoint.model, checkpoint.params, {PAIR_SET: pairs}, tracker, sft_first=settings.sft_first
-    )
+    pair_runs.run_all(settings, checkpoint, {PAIR_SET: pairs}, tracker, sft_first=settings.sft_first)
     return pair_runs.write_up(experiment)
 
 

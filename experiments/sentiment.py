@@ -17,6 +17,7 @@ from entangle import models
 from entangle.types import Params
 from experiments import command_line, pair_runs, stages, token_heatmap
 from experiments.pair_config import NOT_EVALUATED
+from experiments.pair_data import Checkpoint
 from experiments.sentiment_config import SentimentConfig, config, presets
 from experiments.sentiment_data import Materials, gather
 
@@ -49,7 +50,8 @@ def run(settings: SentimentConfig) -> list[Path]:
         checkpoints = {"after SFT": start, "after preference optimisation": end}
         token_heatmap.write(folder, materials.model, materials.tokenizer, pairs.held_out, checkpoints)
 
-    pair_runs.run_all(settings, materials.model, base, materials.pairs, tracker, heatmap)
+    checkpoint = Checkpoint(materials.model, base, materials.tokenizer)
+    pair_runs.run_all(settings, checkpoint, materials.pairs, tracker, heatmap)
     return pair_runs.write_up(experiment)
 
 

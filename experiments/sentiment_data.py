@@ -10,7 +10,7 @@ import numpy as np
 from entangle import data, models
 from entangle.errors import UserError
 from entangle.types import Params
-from experiments import pair_data, stages
+from experiments import pair_data, references, stages
 from experiments.sentiment_config import SentimentConfig
 
 
@@ -64,6 +64,7 @@ def gather(settings: SentimentConfig) -> Materials:
         )
         # No end-of-text token: it would be an identical suffix of one token, also in single_token.
         pairs[name], report[name] = pair_data.encode(settings, tokenizer, name, train, held_out, add_eos=False)
+    references.check(settings, pair_data.Checkpoint(model, checkpoint, tokenizer), pairs)
     return Materials(tokenizer, model, checkpoint, text, pairs, report)
 
 

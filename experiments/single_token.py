@@ -172,6 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: ``python -m experiments.single_token --help``."""
     settings = command_line.parse(presets(), arguments, description=(__doc__ or "").split("\n")[0])
     command_line.refuse_unused(settings, presets()[settings.preset], UNUSED, "this study sets it itself")
+    why = "this study computes its references anew"
+    command_line.refuse_unused(settings, presets()[settings.preset], ("reference_cache",), why)
     command_line.refuse_unused(settings, presets()[settings.preset], *NOT_EVALUATED)
     print(run(settings).read_text(encoding="utf-8"))
 

@@ -66,6 +66,18 @@ class PreferenceData(NamedTuple):
     held_out: data.EncodedPairs
 
 
+class ReferenceFile(NamedTuple):
+    """Where one reference's log-probabilities are kept.
+
+    Attributes:
+      path: the file.
+      fingerprint: of what they come from.
+    """
+
+    path: Path
+    fingerprint: training.ReferenceFingerprint
+
+
 def digest(*arrays: np.ndarray | jax.Array) -> str:
     """Hexadecimal SHA-256 of arrays, shapes and dtypes, for a run's identity.
 
@@ -235,6 +247,7 @@ def prefer(
     tracker: TrackerFactory,
     *,
     probe_pairs: int,
+    cache: ReferenceFile | None = None,
 ) -> Params:
     """Preference optimisation from an SFT model, which is also the reference; returns the final parameters.
 
@@ -248,13 +261,18 @@ def prefer(
       identity: what tells this run from others; ``seed`` is the seed of the order.
       tracker: makes the mirror of a run.
       probe_pairs: size of the fixed probe set, the first held-out pairs; 0 for none.
+      cache: where the reference's log-probabilities are kept and found again; None computes them.
+
+    Raises:
+      UserError: the folder holds another run, or the cache another reference's log-probabilities.
+      NonFiniteError: see ``training.train`` and ``training.reference_log_probs``.
     """
     train, held_out = (PairBatch(jnp.asarray(s.tokens), jnp.asarray(s.completion_mask)) for s in pairs)
-    reference, held_out_reference = program.score(start, train), program.score(start, held_out)
-    by_index = np.asarray(reference)
+    reference = _reference(program, start, {"train": train, "held_out": held_out}, cache)
+    by_index = reference["train"]
     count = min(len(held_out.tokens), len(train.tokens))
-    eval_ = PreferenceExamples(held_out, held_out_reference)
-    eval_train = jax.tree.map(lambda leaf: leaf[:count], PreferenceExamples(train, reference))
+    eval_ = PreferenceExamples(held_out, jnp.asarray(reference["held_out"]))
+    eval_train = jax.tree.map(lambda leaf: leaf[:count], PreferenceExamples(train, jnp.asarray(by_index)))
     probe = jax.tree.map(lambda leaf: leaf[:probe_pairs], held_out) if probe_pairs else None
     stage = program.program.stage
     rate = jnp.asarray(stage.optimizer.learning_rate, jnp.float32)
@@ -270,3 +288,22 @@ def prefer(
 
     identity = {"kind": "preference", **identity}
     return _finish(folder, identity, program.program, start, batches, step, tracker, evaluate, pairs.train.sources)
+
+
+def _reference(
+    program: PreferenceProgram, start: Params, splits: Mapping[str, PairBatch], cache: ReferenceFile | None
+) -> dict[str, np.ndarray]:
+    """Split -> ``[N, 2]`` log-probabilities under the reference, out of the cache where they are there."""
+    done = "read from"
+
+    def compute() -> dict[str, np.ndarray]:
+        nonlocal done
+        done = "computed and written to"
+        return {name: np.asarray(program.score(start, pairs)) for name, pairs in splits.items()}
+
+    if cache is None:
+        return compute()
+    counts = {name: len(pairs.tokens) for name, pairs in splits.items()}
+    found = training.reference_log_probs(cache.path, cache.fingerprint, counts, compute)
+    print(f"reference log-probabilities {done} {cache.path}")
+    return found

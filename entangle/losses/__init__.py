@@ -1,31 +1,151 @@
 """Margin objectives as pure functions of pair log-probabilities to per-pair losses, with their coefficients d_w and d_l."""
 
-from entangle.losses.coefficients import Coefficients, Objective, coefficients, loss_and_coefficients
-from entangle.losses.hinge import rrhf, slic_hf
-from entangle.losses.log_ratios import length_averages, log_ratios
-from entangle.losses.logistic import cpo, dpo, dpop, r_dpo, simpo
-from entangle.losses.prospect import kto, kto_reference_point
-from entangle.losses.squared import ipo, sppo
-from entangle.losses.table import OBJECTIVES, get_objective
+from entangle.losses.batch_margins import MovingMargin, amapo, aot, aot_unpaired, beta_dpo
+from entangle.losses.coefficients import Coefficients, coefficients, loss_and_coefficients
+from entangle.losses.compositions import (
+    dpo_norm,
+    label_smoothed,
+    mpo,
+    nll,
+    nll_averaged,
+    nll_token_mean,
+    robust,
+    rpo,
+    weighted_sum,
+)
+from entangle.losses.divergences import (
+    alpha_divergence,
+    f_dpo_alpha,
+    f_dpo_forward_kl,
+    f_dpo_jensen_shannon,
+    forward_kl,
+    jensen_shannon,
+)
+from entangle.losses.log_ratios import exchanged, length_averages, log_ratios, per_token
+from entangle.losses.logistic import bdpo, cdpo, dpo, dpo_shift, dpop, dpop_outside, margin_dpo, r_dpo, robust_dpo
+from entangle.losses.margin_functions import discopop, exo_pair, hinge, ipo, ipo_averaged, lpo
+from entangle.losses.masks import MaskParams, init_mask, masked_dpo, oracle_masks, token_masks
+from entangle.losses.objective import (
+    BatchObjective,
+    Objective,
+    RunningObjective,
+    across,
+    running,
+    whole_batch,
+    with_hyperparameters,
+)
+from entangle.losses.pointwise import apo_down, apo_zero, bco_pair, cal_dpo, cal_dpo_halved, nca_pair, sppo
+from entangle.losses.prospect import RunningMean, bco_pair_shifted, kto, kto_reference_point
+from entangle.losses.reference_free import alphapo, asft, cpo, orpo, rrhf, simpo, slic_hf
+from entangle.losses.table import OBJECTIVES, PAPER_OBJECTIVES, TOKEN_OBJECTIVES, get_objective
+from entangle.losses.tokens import (
+    TokenObjective,
+    ld_dpo,
+    ld_weights,
+    row_loss_and_coefficients,
+    summed,
+    tdpo1,
+    tdpo2,
+    wpo,
+    wpo_weights,
+)
+from entangle.losses.unpaired import (
+    UnpairedLogProbs,
+    apo_zero_unpaired,
+    bco_unpaired,
+    kto_unpaired,
+    prompt_match_weights,
+)
 
 __all__ = [
     "OBJECTIVES",
+    "PAPER_OBJECTIVES",
+    "TOKEN_OBJECTIVES",
+    "BatchObjective",
     "Coefficients",
+    "MaskParams",
+    "MovingMargin",
     "Objective",
+    "RunningMean",
+    "RunningObjective",
+    "TokenObjective",
+    "UnpairedLogProbs",
+    "across",
+    "alpha_divergence",
+    "alphapo",
+    "amapo",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "apo_zero_unpaired",
+    "asft",
+    "bco_pair",
+    "bco_pair_shifted",
+    "bco_unpaired",
+    "bdpo",
+    "beta_dpo",
+    "cal_dpo",
+    "cal_dpo_halved",
+    "cdpo",
     "coefficients",
     "cpo",
+    "discopop",
     "dpo",
+    "dpo_norm",
+    "dpo_shift",
     "dpop",
+    "dpop_outside",
+    "exchanged",
+    "exo_pair",
+    "f_dpo_alpha",
+    "f_dpo_forward_kl",
+    "f_dpo_jensen_shannon",
+    "forward_kl",
     "get_objective",
+    "hinge",
+    "init_mask",
     "ipo",
+    "ipo_averaged",
+    "jensen_shannon",
     "kto",
     "kto_reference_point",
+    "kto_unpaired",
+    "label_smoothed",
+    "ld_dpo",
+    "ld_weights",
     "length_averages",
     "log_ratios",
     "loss_and_coefficients",
+    "lpo",
+    "margin_dpo",
+    "masked_dpo",
+    "mpo",
+    "nca_pair",
+    "nll",
+    "nll_averaged",
+    "nll_token_mean",
+    "oracle_masks",
+    "orpo",
+    "per_token",
+    "prompt_match_weights",
     "r_dpo",
+    "robust",
+    "robust_dpo",
+    "row_loss_and_coefficients",
+    "rpo",
     "rrhf",
+    "running",
     "simpo",
     "slic_hf",
     "sppo",
+    "summed",
+    "tdpo1",
+    "tdpo2",
+    "token_masks",
+    "weighted_sum",
+    "whole_batch",
+    "with_hyperparameters",
+    "wpo",
+    "wpo_weights",
 ]

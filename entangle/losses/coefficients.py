@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from entangle.losses.log_ratios import as_float32
+from entangle.losses.objective import Objective, name_of
 from entangle.types import PairLogProbs
-
-Objective = Callable[..., jax.Array]
-"""A pure function ``(PairLogProbs, **hyperparameters) -> [B]`` losses."""
 
 
 class Coefficients(NamedTuple):
@@ -61,9 +58,8 @@ def loss_and_coefficients(
     def total(chosen: jax.Array, rejected: jax.Array) -> tuple[jax.Array, jax.Array]:
         values = objective(lp._replace(chosen=chosen, rejected=rejected), **hyperparameters)
         if jnp.shape(values) != chosen.shape:
-            name = getattr(objective, "__name__", repr(objective))
             raise ValueError(
-                f"{name} returned shape {jnp.shape(values)}: an objective returns one loss a pair, {chosen.shape}"
+                f"{name_of(objective)} returned shape {jnp.shape(values)}: one loss a pair is needed, {chosen.shape}"
             )
         return jnp.sum(values), values
 

@@ -1,10 +1,10 @@
-"""One table from name to objective, for command lines and sweeps."""
+"""One table from name to objective, for command lines, sweeps and the reference page."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -12,47 +12,142 @@ import jax
 import jax.numpy as jnp
 
 from entangle.errors import UserError
-from entangle.losses.coefficients import Objective
-from entangle.losses.hinge import rrhf, slic_hf
-from entangle.losses.logistic import cpo, dpo, dpop, r_dpo, simpo
-from entangle.losses.prospect import kto
-from entangle.losses.squared import ipo, sppo
+from entangle.losses import (
+    batch_margins,
+    compositions,
+    divergences,
+    logistic,
+    margin_functions,
+    pointwise,
+    prospect,
+    reference_free,
+    tokens,
+)
+from entangle.losses.coefficients import loss_and_coefficients
+from entangle.losses.hyperparameters import check_ranges
+from entangle.losses.objective import Objective, name_of, with_hyperparameters
+from entangle.losses.tokens import TokenObjective
 from entangle.types import PairLogProbs
 
-OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
-    {f.__name__: f for f in (dpo, r_dpo, simpo, ipo, rrhf, slic_hf, cpo, dpop, kto, sppo)}
+_FAMILY: tuple[Objective, ...] = (
+    logistic.dpo,
+    logistic.cdpo,
+    logistic.robust_dpo,
+    logistic.r_dpo,
+    logistic.margin_dpo,
+    logistic.dpop,
+    logistic.dpop_outside,
+    logistic.dpo_shift,
+    logistic.bdpo,
+    compositions.dpo_norm,
+    compositions.rpo,
+    compositions.mpo,
+    divergences.f_dpo_forward_kl,
+    divergences.f_dpo_jensen_shannon,
+    divergences.f_dpo_alpha,
+    margin_functions.hinge,
+    margin_functions.ipo,
+    margin_functions.ipo_averaged,
+    margin_functions.exo_pair,
+    margin_functions.discopop,
+    margin_functions.lpo,
+    pointwise.nca_pair,
+    pointwise.bco_pair,
+    prospect.bco_pair_shifted,
+    prospect.kto,
+    pointwise.apo_zero,
+    pointwise.apo_down,
+    pointwise.sppo,
+    pointwise.cal_dpo,
+    pointwise.cal_dpo_halved,
+    batch_margins.aot,
+    batch_margins.aot_unpaired,
+    batch_margins.beta_dpo,
+    batch_margins.amapo,
+    reference_free.cpo,
+    reference_free.simpo,
+    reference_free.alphapo,
+    reference_free.orpo,
+    reference_free.asft,
+    reference_free.rrhf,
+    reference_free.slic_hf,
+    compositions.nll,
+    compositions.nll_averaged,
+    compositions.nll_token_mean,
 )
-"""The objectives studied in arXiv 2410.13828, by name."""
+
+OBJECTIVES: Mapping[str, Objective] = MappingProxyType({name_of(objective): objective for objective in _FAMILY})
+"""Every objective of pairs, by name."""
+
+TOKEN_OBJECTIVES: Mapping[str, TokenObjective] = MappingProxyType(
+    {name_of(objective): objective for objective in (tokens.ld_dpo, tokens.wpo, tokens.tdpo1, tokens.tdpo2)}
+)
+"""Every objective of tokens, by name; ``masked_dpo`` takes masks beside them."""
+
+PAPER_OBJECTIVES = ("dpo", "r_dpo", "simpo", "ipo", "rrhf", "slic_hf", "cpo", "dpop", "kto", "sppo")
+"""Names of the objectives studied in arXiv 2410.13828."""
 
 
 def get_objective(name: str, **hyperparameters: Any) -> Objective:
     """Look an objective up by name and fix its hyperparameters.
 
     Args:
-      name: a key of ``OBJECTIVES``.
+      name: a key of ``OBJECTIVES``, or ``module:function`` for one of your own.
       **hyperparameters: keyword arguments of that objective.
 
     Returns:
-      A function of pair log-probabilities alone.
+      A function of pair log-probabilities alone, of the objective's type.
 
     Raises:
-      UserError: the name is not in the table, the objective has no such hyperparameter, or a value divides by zero.
+      UserError: there is no such objective, it has no such hyperparameter, a value lies outside of its range or makes the
+        loss of an ordinary pair infinite, or a function of your own does not return one loss a pair.
 
     Example:
       >>> from entangle import losses
       >>> losses.get_objective("dppo")
       Traceback (most recent call last):
-      entangle.errors.UserError: unknown objective 'dppo': choose one of cpo, dpo, dpop, ...
+      entangle.errors.UserError: unknown objective 'dppo': choose one of alphapo, amapo, aot, ...
     """
-    if name not in OBJECTIVES:
-        raise UserError(f"unknown objective {name!r}: choose one of {', '.join(sorted(OBJECTIVES))}")
-    known = list(inspect.signature(OBJECTIVES[name]).parameters)[1:]
-    unknown = sorted(set(hyperparameters) - set(known))
+    objective = _imported(name) if ":" in name else OBJECTIVES.get(name)
+    if objective is None:
+        raise UserError(
+            f"unknown objective {name!r}: choose one of {', '.join(sorted(OBJECTIVES))}, or module:function for your own"
+        )
+    parameters = list(inspect.signature(objective).parameters.values())[1:]
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    known = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    unknown = [] if takes_any else sorted(set(hyperparameters) - set(known))
     if unknown:
-        raise UserError(f"objective {name!r} has no hyperparameter {', '.join(unknown)}: it has {', '.join(known)}")
-    objective = partial(OBJECTIVES[name], **hyperparameters)
+        raise UserError(
+            f"objective {name!r} has no hyperparameter {', '.join(unknown)}: it has {', '.join(known) or 'none'}"
+        )
+    check_ranges(name, objective, hyperparameters)
+    fixed = with_hyperparameters(objective, **hyperparameters)
+    _try(name, fixed, hyperparameters)
+    return fixed
+
+
+def _imported(name: str) -> Objective:
+    module, _, attribute = name.partition(":")
     try:
-        jax.eval_shape(lambda: objective(PairLogProbs(*[jnp.zeros(1)] * len(PairLogProbs._fields))))
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"objective {name!r}: module {module!r} cannot be imported: {error}") from None
+    except AttributeError:
+        raise UserError(f"objective {name!r}: module {module!r} has no {attribute!r}") from None
+    if not callable(found):
+        raise UserError(f"objective {name!r}: it is no function, but {type(found).__name__}")
+    return found
+
+
+def _try(name: str, objective: Objective, values: Mapping[str, Any]) -> None:
+    """Take it once on two ordinary pairs."""
+    fields = (-20.0, -30.0), (-25.0, -24.0), (-22.0, -28.0), (-23.0, -26.0), (8.0, 10.0), (9.0, 7.0)
+    try:
+        loss, d = loss_and_coefficients(objective, PairLogProbs(*(jnp.array(field) for field in fields)))
     except ZeroDivisionError:
-        raise UserError(f"objective {name!r}: {hyperparameters} divides by zero") from None
-    return objective
+        raise UserError(f"objective {name!r}: {dict(values)} divides by zero") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"objective {name!r}: {str(error).splitlines()[0]}") from None
+    if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves((loss, d))):
+        raise UserError(f"objective {name!r}: at {dict(values)} the loss of an ordinary pair is not finite")

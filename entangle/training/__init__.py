@@ -2,7 +2,7 @@
 
 from entangle import extras
 
-extras.require("train", "flax", "orbax", "wandb", "tqdm", "numpy")
+extras.require("train", "flax", "orbax", "wandb", "tqdm", "numpy", "safetensors")
 
 from entangle.training.evaluation import pair_diagnostics, score_pairs
 from entangle.training.gradients import (
@@ -15,6 +15,12 @@ from entangle.training.gradients import (
 from entangle.training.loop import final_params, train
 from entangle.training.metrics import means
 from entangle.training.optimizers import OPTIMIZERS, OptimizerConfig
+from entangle.training.reference_cache import (
+    ReferenceFingerprint,
+    check_reference,
+    reference_fingerprint,
+    reference_log_probs,
+)
 from entangle.training.run_folder import RunFolder, read_metrics, write_json
 from entangle.training.stage import StageConfig
 from entangle.training.step import TrainState, init_state, make_step
@@ -29,12 +35,14 @@ __all__ = [
     "NoTracker",
     "OptimizerConfig",
     "PreferenceExamples",
+    "ReferenceFingerprint",
     "RunFolder",
     "StageConfig",
     "TokenBatch",
     "Tracker",
     "TrainState",
     "WandbTracker",
+    "check_reference",
     "final_params",
     "init_state",
     "likelihood_gradients",
@@ -43,6 +51,8 @@ __all__ = [
     "pair_diagnostics",
     "preference_gradients",
     "read_metrics",
+    "reference_fingerprint",
+    "reference_log_probs",
     "score_pairs",
     "train",
     "write_json",

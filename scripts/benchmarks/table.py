@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from scripts.benchmarks import geometry_offline, geometry_step, step, token_heatmap
+from scripts.benchmarks import geometry_offline, geometry_step, objectives, step, token_heatmap
 from scripts.benchmarks.measuring import Benchmark
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -56,6 +56,17 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         prepare=token_heatmap.prepare_long,
         warm_up=1,
         runs=5,
+        tolerance=1e-4,
+    ),
+    "objectives": Benchmark(
+        summary="all objectives and coefficients, 4,096 pairs, float32, against GPT-2 small's forward on 1 pair of 128 tokens",
+        extra="train",
+        modules=("flax",),
+        packages=("jax", "jaxlib", "flax"),
+        prepare=objectives.prepare,
+        warm_up=2,
+        runs=21,
+        # each contender against its own uncompiled work
         tolerance=1e-4,
     ),
     **{

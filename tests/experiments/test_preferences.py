@@ -3,14 +3,16 @@
 import csv
 import dataclasses
 import json
+import re
 
 import jax
+import numpy as np
 import pytest
 
 from entangle import data, models, training
 from entangle.errors import UserError
 from entangle.types import PairBatch
-from experiments import preferences
+from experiments import preferences, references
 from experiments.preferences import presets
 
 WORDS = ("tea", "coffee", "milk", "water", "juice", "soda", "cocoa", "cider")
@@ -103,13 +105,17 @@ def test_a_held_out_file_takes_its_prompts_from_training(finished, tmp_path):
     assert {source.split(":")[0] for source in found.pairs.held_out.sources} == {"test.jsonl"}
 
 
-def test_without_sft_the_checkpoint_itself_is_the_start(finished, tmp_path):
+@pytest.fixture(scope="module")
+def without_sft(finished, tmp_path_factory):
     asked, _ = finished
     too_large = dataclasses.replace(asked.sft, batch_size=999)  # SFT is left out, so its batch size does not matter
-    asked = dataclasses.replace(
-        asked, out=tmp_path / "out", sft_first=False, sft=too_large, changes=False, probe_pairs=0
-    )
-    files = preferences.run(asked)
+    out = tmp_path_factory.mktemp("without_sft") / "out"
+    asked = dataclasses.replace(asked, out=out, sft_first=False, sft=too_large, changes=False, probe_pairs=0)
+    return asked, preferences.run(asked)
+
+
+def test_without_sft_the_checkpoint_itself_is_the_start(without_sft):
+    asked, files = without_sft
     # and nothing is recorded of what the steps did, so nothing is drawn or said of it
     assert [file.name for file in files] == ["log_ratios.png", "cosine.png", "report.md"]
     assert "What moved the rows" not in files[-1].read_text() and "nothing is checked" in files[-1].read_text()
@@ -121,6 +127,97 @@ def test_without_sft_the_checkpoint_itself_is_the_start(finished, tmp_path):
     first = training.read_metrics(asked.out / "preferences" / "seed0" / "preference")[0]
     assert first["eval/log_prob/chosen"] == pytest.approx(float(scored[:, 0].mean()), abs=1e-4)
     assert "from the checkpoint itself" in (asked.out / "report.md").read_text()
+
+
+def metrics(out, seed):
+    records = training.read_metrics(out / "preferences" / f"seed{seed}" / "preference")
+    assert records
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def test_a_reference_cache_serves_seeds_and_runs_and_changes_no_number(without_sft, tmp_path, monkeypatch, capsys):
+    asked, _ = without_sft
+    cached = dataclasses.replace(asked, out=tmp_path / "first", seeds=2, reference_cache=tmp_path / "cache")
+    preferences.run(cached)
+    file = tmp_path / "cache" / "preferences_eval_batch8.safetensors"
+    said = [line for line in capsys.readouterr().out.splitlines() if "reference log-probabilities" in line]
+    assert said == [f"reference log-probabilities {done} {file}" for done in ("computed and written to", "read from")]
+    assert metrics(cached.out, 0) == metrics(asked.out, 0)
+    before = file.read_bytes()
+
+    def again(*_):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(training, "score_pairs", again)
+    preferences.run(dataclasses.replace(cached, out=tmp_path / "second"))
+    for seed in (0, 1):  # the first run computed the numbers of seed 0 and read those of seed 1
+        assert metrics(tmp_path / "second", seed) == metrics(cached.out, seed)
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    assert file.read_bytes() == before
+    # where pairs are scored, numbers are rounded as the eval batch says: another one has a file of its own
+    with pytest.raises(AssertionError, match="computed again"):
+        preferences.run(dataclasses.replace(cached, out=tmp_path / "third", eval_batch=1))
+
+
+def scored(asked, seed):
+    """Put a file of zeros, as of the checkpoint itself, where the experiment looks for a reference; return its path."""
+    made = preferences.gather(dataclasses.replace(asked, reference_cache=None))
+    both = made.pairs
+    file = references.find(asked, made.checkpoint, preferences.PAIR_SET, both, seed)
+    counts = {name: len(split.tokens) for name, split in both._asdict().items()}
+    zeros = {name: np.zeros((count, 2), np.float32) for name, count in counts.items()}
+    training.reference_log_probs(file.path, file.fingerprint, counts, lambda: zeros)
+    return file.path
+
+
+def test_a_stale_reference_cache_is_refused_by_name_before_anything_is_written(without_sft, checkpoint, tmp_path, fail):
+    asked = dataclasses.replace(without_sft[0], reference_cache=tmp_path / "cache")
+    path = scored(asked, None)
+    before = path.read_bytes()
+    config, params = models.load_gpt2(checkpoint)
+    tokenizer = data.load_tokenizer(checkpoint)
+    models.save_gpt2(tmp_path / "other", config, jax.tree.map(lambda leaf: 1.5 * leaf, params))
+    tokenizer.save(tmp_path / "other")
+    words = ["--preset", "smoke", "--no-track", "--no-sft-first", "--reference-cache", str(tmp_path / "cache")]
+    words += ["--max-length", "64", "--held-out-pairs", "6", "--probe-pairs", "0", "--out", str(tmp_path / "out")]
+    usual = ["--data", asked.data, "--model", asked.model]
+    longer = write(tmp_path / "longer.jsonl", range(66))
+    for changed, parts in (
+        (["--model", str(tmp_path / "other")], ["model"]),
+        (["--data", str(longer)], ["data"]),
+        (["--max-length", "60"], ["length"]),
+        (["--model", str(tmp_path / "other"), "--max-length", "60"], ["model", "length"]),
+    ):
+        error = fail([*words, *usual, *changed], main=preferences.main)
+        assert error.startswith(f"error: {path}: stale reference log-probabilities: ")
+        assert error.endswith("; name another path, or delete the file to have it computed anew")
+        assert re.findall(r"(\w+) is \w+ there and \w+ here", error) == parts
+        assert not (tmp_path / "out").exists()
+    path.write_bytes(before[:-9])
+    assert f"{path}: cannot be read as safetensors" in fail([*words, *usual], main=preferences.main)
+    assert path.read_bytes() == before[:-9]
+    assert not (tmp_path / "out").exists()
+    blocked = fail([*words, *usual, "--reference-cache", asked.data], main=preferences.main)
+    assert blocked.endswith(f"cannot be written: {asked.data} is a file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_with_sft_first_every_seed_has_its_own_reference(finished, tmp_path, fail):
+    asked = dataclasses.replace(
+        finished[0], out=tmp_path / "out", reference_cache=tmp_path / "cache", max_length=60, probe_pairs=0
+    )
+    path = scored(asked, 0)
+    assert path.name == "preferences_seed0_eval_batch8.safetensors"
+    before = path.read_bytes()
+    # it is known only after SFT that its model is not the one that the file is of, and nothing is trained on it
+    with pytest.raises(UserError, match=r"seed0_eval_batch8\.safetensors: stale reference log-probabilities: model is"):
+        preferences.run(asked)
+    assert [p.name for p in (asked.out / "preferences" / "seed0").iterdir()] == ["sft"]
+    assert path.read_bytes() == before
+    # but what can be known is looked at first, for all seeds
+    scored(dataclasses.replace(asked, max_length=64), 1)
+    with pytest.raises(UserError, match=r"seed1_eval_batch8\.safetensors: stale .*: length is 64 there and 60 here"):
+        preferences.gather(dataclasses.replace(asked, seeds=2))
 
 
 def test_geometry_does_not_depend_on_how_many_pairs_are_held_at_a_time(finished, tmp_path):

@@ -219,6 +219,10 @@ def tweeteval(folder, labels="0\n2\n" * 8, mapping="0\tnegative\n1\tneutral\n2\t
         (["--max-length", "0"], "--max-length 0: at least one is needed"),
         (["--train-pairs", "-5"], "--train-pairs -5: at least one is needed"),
         (["--preference.optimizer.name", "adagrad"], "unknown optimizer 'adagrad'"),
+        (
+            ["--reference-cache", __file__],
+            f"single_token_seed0_eval_batch8.safetensors: cannot be written: {__file__} is",
+        ),
     ],
 )
 def test_bad_flags_end_in_one_line(words, message, fail, tmp_path):
@@ -234,6 +238,7 @@ def test_bad_flags_end_in_one_line(words, message, fail, tmp_path):
         (sentiment.main, ["--vocab-size", "999"], "--vocab-size 999 has no effect"),
         (single_token.main, ["--sets", "long_suffix"], "--sets long_suffix has no effect: this study sets it itself"),
         (single_token.main, ["--sft.steps", "9"], "--sft.steps 9 has no effect"),
+        (single_token.main, ["--reference-cache", "x"], "--reference-cache x has no effect: this study computes its"),
         (single_token.main, ["--preference.optimizer.name", "sgd"], "--preference.optimizer.name sgd has no effect"),
     ],
 )

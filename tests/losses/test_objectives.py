@@ -1,4 +1,4 @@
-"""Every objective against the formulas of the papers, written out one pair at a time in NumPy float64."""
+"""Every objective of the table against the formulas of its docstring, evaluated by plain NumPy in float64."""
 
 import inspect
 import math
@@ -11,158 +11,125 @@ import pytest
 from entangle import losses
 from entangle.errors import UserError
 from entangle.types import PairLogProbs
+from scripts.reference.formulas import parse
+from tests.losses.batches import BATCHES, COUNT, as_jax, drawn, one
+from tests.losses.naive import evaluate
 
-
-def _softplus(x):
-    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
-
-
-def _sigmoid(x):
-    return math.exp(-_softplus(-x))
-
-
-def _step(x):
-    return float(x > 0)
-
-
-# Each takes (l_w, l_l, ref_w, ref_l, n_w, n_l) of one pair and the batch's KTO reference point, and returns
-# (loss, d_w, d_l): the value from the paper's formula, d_w = -dL/dl_w and d_l = dL/dl_l differentiated by hand.
-
-
-def _dpo(w, l, rw, rl, nw, nl, z, beta=0.1):
-    h = (w - rw) - (l - rl)
-    return _softplus(-beta * h), beta * _sigmoid(-beta * h), beta * _sigmoid(-beta * h)
-
-
-def _r_dpo(w, l, rw, rl, nw, nl, z, beta=0.1, alpha=0.01):
-    x = beta * ((w - rw) - (l - rl)) + alpha * (nw - nl)
-    return _softplus(-x), beta * _sigmoid(-x), beta * _sigmoid(-x)
-
-
-def _simpo(w, l, rw, rl, nw, nl, z, beta=2.0, gamma=0.5):
-    nw, nl = max(nw, 1), max(nl, 1)
-    x = beta * (w / nw - l / nl) - gamma
-    return _softplus(-x), beta * _sigmoid(-x) / nw, beta * _sigmoid(-x) / nl
-
-
-def _ipo(w, l, rw, rl, nw, nl, z, beta=0.1):
-    c = (w - rw) - (l - rl) - 1 / (2 * beta)
-    return c * c, -2 * c, -2 * c
-
-
-def _rrhf(w, l, rw, rl, nw, nl, z, nll_weight=1.0):
-    nw, nl = max(nw, 1), max(nl, 1)
-    gap = l / nl - w / nw
-    return max(0.0, gap) - nll_weight * w, _step(gap) / nw + nll_weight, _step(gap) / nl
-
-
-def _slic_hf(w, l, rw, rl, nw, nl, z, delta=1.0, nll_weight=1.0):
-    gap = delta - w + l
-    return max(0.0, gap) - nll_weight * w, _step(gap) + nll_weight, _step(gap)
-
-
-def _cpo(w, l, rw, rl, nw, nl, z, beta=0.1, nll_weight=1.0):
-    s = _sigmoid(-beta * (w - l))
-    return _softplus(-beta * (w - l)) - nll_weight * w, beta * s + nll_weight, beta * s
-
-
-def _dpop(w, l, rw, rl, nw, nl, z, beta=0.1, penalty=50.0):
-    x = beta * ((w - rw) - (l - rl) - penalty * max(0.0, rw - w))
-    return _softplus(-x), beta * _sigmoid(-x) * (1 + penalty * _step(rw - w)), beta * _sigmoid(-x)
-
-
-def _kto(w, l, rw, rl, nw, nl, z, beta=0.1, desirable=1.0, undesirable=1.0):
-    a, b = beta * (w - rw - z), beta * (z - (l - rl))
-    loss = desirable * _sigmoid(-a) + undesirable * _sigmoid(-b)
-    return (
-        loss,
-        desirable * beta * _sigmoid(a) * _sigmoid(-a),
-        undesirable * beta * _sigmoid(b) * _sigmoid(-b),
-    )
-
-
-def _sppo(w, l, rw, rl, nw, nl, z, beta=0.001):
-    a, b = w - rw - 1 / (2 * beta), l - rl + 1 / (2 * beta)
-    return a * a + b * b, -2 * a, 2 * b
-
-
-NAIVE = {f.__name__[1:]: f for f in (_dpo, _r_dpo, _simpo, _ipo, _rrhf, _slic_hf, _cpo, _dpop, _kto, _sppo)}
 OTHER = {  # hyperparameters away from the defaults, every one of them
     "dpo": {"beta": 0.7},
+    "cdpo": {"beta": 0.3, "label_smoothing": 0.25},
+    "robust_dpo": {"beta": 0.3, "label_smoothing": 0.35},
     "r_dpo": {"beta": 0.3, "alpha": 0.2},
-    "simpo": {"beta": 10.0, "gamma": 3.0},
+    "margin_dpo": {"beta": 0.3, "margin": -2.5},
+    "dpop": {"beta": 0.3, "penalty": 5.0},
+    "dpop_outside": {"beta": 0.3, "penalty": 0.7},
+    "dpo_shift": {"beta": 0.3, "shift": 0.6},
+    "bdpo": {"beta": 0.3, "mixture": 0.9},
+    "dpo_norm": {"beta": 0.4},
+    "rpo": {"beta": 0.3, "nll_weight": 2.0},
+    "mpo": {"beta": 0.3, "preference_weight": 0.5, "quality_weight": 2.0, "generation_weight": 0.1},
+    "f_dpo_forward_kl": {"beta": 0.4},
+    "f_dpo_jensen_shannon": {"beta": 3.0},
+    "f_dpo_alpha": {"beta": 0.3, "alpha": 1.02},
+    "hinge": {"beta": 0.02},
     "ipo": {"beta": 0.02},
+    "ipo_averaged": {"beta": 2.0},
+    "exo_pair": {"beta": 0.02, "label_smoothing": 0.3},
+    "discopop": {"beta": 0.1, "temperature": 1.5},
+    "lpo": {"beta": 0.05, "chosen_weight": 0.4, "rejected_weight": 2.0, "penalty": 0.3},
+    "nca_pair": {"beta": 0.3},
+    "bco_pair": {"beta": 0.3},
+    "bco_pair_shifted": {"beta": 0.3},
+    "kto": {"beta": 0.4, "desirable": 1.3, "undesirable": 0.6},
+    "apo_zero": {"beta": 0.02},
+    "apo_down": {"beta": 0.02},
+    "sppo": {"beta": 0.05},
+    "cal_dpo": {"beta": 0.05},
+    "cal_dpo_halved": {"beta": 0.05},
+    "aot": {"beta": 0.3, "label_smoothing": 0.2},
+    "aot_unpaired": {"beta": 0.3, "label_smoothing": 0.2},
+    "beta_dpo": {"beta": 0.3, "strength": 0.05, "momentum": 0.5, "lowest": 0.2},
+    "amapo": {"beta": 0.5},
+    "cpo": {"beta": 0.5, "nll_weight": 0.1},
+    "simpo": {"beta": 10.0, "gamma": 3.0},
+    "alphapo": {"beta": 0.7, "gamma": 0.4, "alpha": -0.3},
+    "orpo": {"odds_weight": 3.0},
+    "asft": {"weight": 0.2},
     "rrhf": {"nll_weight": 0.3},
     "slic_hf": {"delta": 7.0, "nll_weight": 0.0},
-    "cpo": {"beta": 0.5, "nll_weight": 0.1},
-    "dpop": {"beta": 0.3, "penalty": 5.0},
-    "kto": {"beta": 0.4, "desirable": 1.3, "undesirable": 0.6},
-    "sppo": {"beta": 0.05},
+    "nll": {},
+    "nll_averaged": {},
+    "nll_token_mean": {},
 }
-COUNT = 324  # pairs in every batch, so that each operation is compiled once
-CASES = [(name, hp) for name in sorted(NAIVE) for hp in ({}, OTHER[name])]
-NAMES = sorted(NAIVE)
+NAMES = list(losses.OBJECTIVES)
+CASES = [(name, hp) for name in NAMES for hp in ([{}, OTHER[name]] if OTHER.get(name) else [{}])]
 
 
-def _random(shift):
-    """Pairs around 100 nats; shift moves the policy from the reference, and KTO's reference point with it."""
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 60, size=(2, COUNT)).astype(float)
-    reference = -3 * lengths * rng.uniform(0.5, 1.5, size=(2, COUNT))
-    policy = np.minimum(reference + shift + 8 * rng.standard_normal((2, COUNT)), -0.01)
-    return PairLogProbs(*policy, *reference, *lengths)
+def sides(d):
+    return {"d_w": np.asarray(d.chosen), "d_l": np.asarray(d.rejected)}
 
 
-def _extreme():
-    """All combinations of tiny to huge log-probabilities; with them come equal responses and empty completions."""
-    values = [0.0, -1e-6, -1.5, -300.0, -1e4, -1e5]
-    grid = np.array(np.meshgrid(values, values, [0.0, -2.0, -1e5], [0.0, -2.0, -1e5])).reshape(4, -1)
-    empty = grid[:2] == 0.0
-    return PairLogProbs(*grid, *np.where(empty, 0.0, np.array([[3.0], [500.0]])))
-
-
-BATCHES = {"rising": _random(5.0), "falling": _random(-5.0), "extreme": _extreme()}
-
-
-def _naive(name, lp, **hp):
-    r_w, r_l = lp.chosen - lp.ref_chosen, lp.rejected - lp.ref_rejected
-    z = max(0.0, math.fsum([*r_w, *r_l]) / (2 * len(r_w)))
-    return np.array([NAIVE[name](*map(float, pair), z, **hp) for pair in zip(*lp, strict=True)]).T
-
-
-def _jax(lp, dtype):
-    return PairLogProbs(*(jnp.asarray(field, dtype) for field in lp))
-
-
-def _one(*fields):
-    return PairLogProbs(*(jnp.array([x], jnp.float32) for x in fields))
-
-
-def test_table_holds_the_ten_objectives_and_their_naive_twins_have_the_same_defaults():
-    assert set(losses.OBJECTIVES) == set(NAIVE)
+def test_every_objective_of_the_table_is_tested_at_all_its_hyperparameters():
+    assert set(OTHER) == set(losses.OBJECTIVES)
     for name, objective in losses.OBJECTIVES.items():
-        defaults = {k: p.default for k, p in list(inspect.signature(objective).parameters.items())[1:]}
-        assert defaults == {k: p.default for k, p in list(inspect.signature(NAIVE[name]).parameters.items())[7:]}
+        defaults = {p.name: p.default for p in list(inspect.signature(objective).parameters.values())[1:]}
         assert set(OTHER[name]) == set(defaults)
+        assert all(OTHER[name][key] != value for key, value in defaults.items())
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("name", "hp"), CASES)
 @pytest.mark.usefixtures("x64")
 def test_values_and_coefficients_equal_the_formulas(name, hp, batch):
-    lp = _jax(BATCHES[batch], jnp.float64)
-    value, d_w, d_l = _naive(name, BATCHES[batch], **hp)
-    loss, d = losses.loss_and_coefficients(losses.OBJECTIVES[name], lp, **hp)
+    objective, lp = losses.OBJECTIVES[name], as_jax(BATCHES[batch], jnp.float64)
+    expected = evaluate(objective, BATCHES[batch], **hp)
+    loss, d = losses.loss_and_coefficients(objective, lp, **hp)
     assert loss.dtype == d.chosen.dtype == d.rejected.dtype == jnp.float64
-    np.testing.assert_allclose(loss, value, rtol=1e-12, atol=1e-300)
-    np.testing.assert_allclose(losses.get_objective(name, **hp)(lp), value, rtol=1e-12, atol=1e-300)
-    np.testing.assert_allclose(d.chosen, d_w, rtol=1e-10, atol=1e-15)
-    np.testing.assert_allclose(d.rejected, d_l, rtol=1e-10, atol=1e-15)
+    np.testing.assert_allclose(loss, expected["L"], rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(losses.get_objective(name, **hp)(lp), expected["L"], rtol=1e-12, atol=1e-15)
+    for side, found in sides(d).items():
+        np.testing.assert_allclose(found, expected[side], rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("name", "hp"), CASES)
+def test_what_the_page_says_of_condition_2_is_so(name, hp, batch):
+    """The ratio of the coefficients, and where they are negative; on numbers that do not drown in rounding."""
+    said, found = parse(losses.OBJECTIVES[name]), evaluate(losses.OBJECTIVES[name], BATCHES[batch], **hp)
+    if said.ratio is not None:
+        known = (np.abs(found["ratio"]) < 1e50) & (np.abs(found["d_l"]) > 1e-50)
+        assert known.any() or batch in ("extreme", "apart")
+        np.testing.assert_allclose(
+            found["ratio"][known] * found["d_l"][known], found["d_w"][known], rtol=1e-9, atol=1e-12
+        )
+    for side in ("d_w", "d_l"):
+        negative = found[side] < -1e-12
+        if side not in said.negative:
+            assert not negative.any()
+        elif said.negative[side] is not None:
+            clear = np.abs(found[side]) > 1e-12
+            np.testing.assert_array_equal(negative[clear], found[f"{side} < 0"][clear])
+
+
+def test_coefficients_that_may_be_negative_are_somewhere():
+    for name, objective in losses.OBJECTIVES.items():
+        for side in parse(objective).negative:
+            found = [evaluate(objective, lp, **hp)[side] for lp in BATCHES.values() for hp in ({}, OTHER[name])]
+            assert np.concatenate(found).min() < 0, (name, side)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("x64")
+def test_reference_free_is_what_does_not_depend_on_the_reference(name):
+    lp = as_jax(BATCHES["falling"], jnp.float64)
+    moved = lp._replace(ref_chosen=lp.ref_chosen - 1.0, ref_rejected=lp.ref_rejected[::-1])
+    same = bool(jnp.all(losses.OBJECTIVES[name](lp) == losses.OBJECTIVES[name](moved)))
+    assert same != parse(losses.OBJECTIVES[name]).needs_reference
 
 
 @pytest.mark.parametrize(("name", "hp"), CASES)
 def test_float32_is_finite_with_finite_coefficients_on_the_extreme_batch(name, hp):
-    loss, d = losses.loss_and_coefficients(losses.OBJECTIVES[name], _jax(BATCHES["extreme"], jnp.float32), **hp)
+    loss, d = losses.loss_and_coefficients(losses.OBJECTIVES[name], as_jax(BATCHES["extreme"], jnp.float32), **hp)
     for array in (loss, *d):
         assert array.dtype == jnp.float32
         assert bool(jnp.all(jnp.isfinite(array)))
@@ -171,7 +138,7 @@ def test_float32_is_finite_with_finite_coefficients_on_the_extreme_batch(name, h
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", NAMES)
 def test_half_precision_is_widened_before_anything_is_computed(name, dtype):
-    half = _jax(_random(0.0), dtype)._replace(chosen_length=jnp.arange(COUNT), rejected_length=jnp.arange(COUNT)[::-1])
+    half = as_jax(drawn(0.0), dtype)._replace(chosen_length=jnp.arange(COUNT), rejected_length=jnp.arange(COUNT)[::-1])
     wide = PairLogProbs(*(field.astype(jnp.float32) for field in half))
     for got, expected in zip(
         jax.tree.leaves(losses.loss_and_coefficients(losses.OBJECTIVES[name], half)),
@@ -182,85 +149,23 @@ def test_half_precision_is_widened_before_anything_is_computed(name, dtype):
         np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    # s(0) = 1/2: log 2, or two halves; the squares are (1 / (2 beta))^2 = 25 for beta 0.1, twice 250000 for beta 0.001
-    [("dpo", math.log(2)), ("dpop", math.log(2)), ("r_dpo", math.log(2)), ("kto", 1.0), ("ipo", 25.0), ("sppo", 5e5)],
-)
-def test_policy_equal_to_reference(name, expected):
-    lp = _one(-7.0, -9.0, -7.0, -9.0, 4.0, 4.0)
-    np.testing.assert_allclose(losses.OBJECTIVES[name](lp), [expected], rtol=1e-6)
-
-
+@pytest.mark.parametrize("name", [n for n in NAMES if not isinstance(losses.OBJECTIVES[n], losses.BatchObjective)])
 @pytest.mark.usefixtures("x64")
-def test_objectives_that_fall_together_at_special_hyperparameters():
-    lp = _jax(BATCHES["falling"], jnp.float64)
-    free = lp._replace(ref_chosen=jnp.zeros(COUNT), ref_rejected=jnp.zeros(COUNT))
-    unit = free._replace(chosen_length=jnp.ones(COUNT), rejected_length=jnp.ones(COUNT))
-    for left, right in [
-        (losses.r_dpo(lp, beta=0.3, alpha=0.0), losses.dpo(lp, beta=0.3)),
-        (losses.dpop(lp, beta=0.3, penalty=0.0), losses.dpo(lp, beta=0.3)),
-        (losses.cpo(lp, beta=0.3, nll_weight=0.0), losses.dpo(free, beta=0.3)),
-        (losses.simpo(unit, beta=0.3, gamma=0.0), losses.dpo(unit, beta=0.3)),
-        (losses.rrhf(unit, nll_weight=0.2), losses.slic_hf(unit, delta=0.0, nll_weight=0.2)),
-        (losses.cpo(lp, nll_weight=0.7) - losses.cpo(lp, nll_weight=0.0), -0.7 * lp.chosen),
-    ]:
-        np.testing.assert_allclose(left, right, rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("objective", "fields", "expected"),
-    [
-        # averages -3/2 and -6/4 are equal: the hinge is off, only lambda = 0.5 is left
-        (losses.get_objective("rrhf", nll_weight=0.5), (-3.0, -6.0, 0.0, 0.0, 2.0, 4.0), (0.5, 0.0)),
-        # 1 - (-3) + (-4) = 0: off
-        (losses.get_objective("slic_hf", nll_weight=0.5), (-3.0, -4.0, 0.0, 0.0, 2.0, 4.0), (0.5, 0.0)),
-        # r_w = 0: no penalty, so d_w = d_l = 0.1 s(-0.1 * 2)
-        (losses.dpop, (-4.0, -6.0, -4.0, -4.0, 2.0, 2.0), (0.1 / (1 + math.exp(0.2)),) * 2),
-    ],
-)
-def test_kinks_follow_the_documented_side(objective, fields, expected):
-    d = losses.coefficients(objective, _one(*fields))
-    np.testing.assert_allclose([d.chosen[0], d.rejected[0]], expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.usefixtures("x64")
-def test_pairs_in_another_order_give_the_same_losses_in_that_order(name):
-    lp = _jax(BATCHES["rising"], jnp.float64)
-    order = np.random.default_rng(1).permutation(COUNT)
-    shuffled = PairLogProbs(*(field[order] for field in lp))
-    for left, right in zip(
-        jax.tree.leaves(losses.loss_and_coefficients(losses.OBJECTIVES[name], shuffled)),
-        jax.tree.leaves(losses.loss_and_coefficients(losses.OBJECTIVES[name], lp)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(left, right[order], rtol=1e-12, atol=1e-300)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.usefixtures("x64")
-def test_a_pair_sees_no_other_pair_through_the_gradient(name):
-    """Kto's reference point looks at the batch (it is above zero here), but must carry no gradient."""
-    lp = PairLogProbs(*(field[:6] for field in _jax(BATCHES["rising"], jnp.float64)))
-    assert float(losses.kto_reference_point(lp)) > 0
+def test_a_plain_function_sees_no_other_pair(name):
+    """What is no BatchObjective keeps its promise: neither values nor gradients depend on the rest of the batch."""
+    lp, objective = as_jax(BATCHES["rising"], jnp.float64), losses.OBJECTIVES[name]
+    six = PairLogProbs(*(field[:6] for field in lp))
+    np.testing.assert_allclose(objective(six), objective(lp)[:6], rtol=1e-13)
     for side in ("chosen", "rejected"):
-        jacobian = jax.jacobian(lambda x, side=side: losses.OBJECTIVES[name](lp._replace(**{side: x})))(
-            getattr(lp, side)
-        )
+        jacobian = jax.jacobian(lambda x, side=side: objective(six._replace(**{side: x})))(getattr(six, side))
         np.testing.assert_array_equal(jacobian, np.diag(np.diag(jacobian)))
-        assert np.any(np.diag(jacobian) != 0)
-
-
-def test_kto_reference_point_is_clipped_at_zero():
-    assert float(losses.kto_reference_point(_jax(BATCHES["falling"], jnp.float32))) == 0.0
 
 
 def test_coefficients_of_a_users_own_objective():
     def exponential(lp, rate):
         return jnp.exp(rate * (lp.rejected - 2.0 * lp.chosen))
 
-    d = losses.coefficients(exponential, _one(-1.0, -3.0, 0.0, 0.0, 1.0, 1.0), rate=0.5)
+    d = losses.coefficients(exponential, one(-1.0, -3.0, 0.0, 0.0, 1.0, 1.0), rate=0.5)
     # x = exp(0.5 * (-3 + 2)); dL/dl_w = -2 * 0.5 x, dL/dl_l = 0.5 x
     np.testing.assert_allclose([d.chosen[0], d.rejected[0]], [math.exp(-0.5), 0.5 * math.exp(-0.5)], rtol=1e-6)
 
@@ -270,26 +175,88 @@ def test_an_objective_of_another_shape_is_refused_by_name(shape):
     def crooked(lp):
         return shape(losses.dpo(lp))
 
-    with pytest.raises(ValueError, match=r"crooked returned shape .*one loss a pair, \(324,\)"):
-        losses.coefficients(crooked, _jax(BATCHES["rising"], jnp.float32))
+    with pytest.raises(ValueError, match=r"crooked returned shape .*one loss a pair is needed, \(324,\)"):
+        losses.coefficients(crooked, as_jax(BATCHES["rising"], jnp.float32))
 
 
-def test_hyperparameters_may_be_traced_and_everything_maps_over_a_further_axis():
-    lp = _jax(BATCHES["rising"], jnp.float32)
-    betas = jnp.array([0.1, 0.3])
-    mapped = jax.jit(jax.vmap(lambda beta: losses.loss_and_coefficients(losses.ipo, lp, beta=beta)))(betas)
-    for i, beta in enumerate((0.1, 0.3)):
-        loss, d = losses.loss_and_coefficients(losses.ipo, lp, beta=beta)
-        np.testing.assert_allclose(mapped[0][i], loss, rtol=1e-5)
-        np.testing.assert_allclose(mapped[1].chosen[i], d.chosen, rtol=1e-5)
+@pytest.mark.parametrize("name", NAMES)
+def test_hyperparameters_may_be_traced_and_everything_maps_over_a_further_axis(name):
+    lp, hp = as_jax(BATCHES["rising"], jnp.float32), OTHER[name]
+    two = {key: jnp.array([value, 1.25 * value], jnp.float32) for key, value in hp.items()} | {"": jnp.zeros(2)}
+
+    def both(values):
+        return losses.loss_and_coefficients(losses.OBJECTIVES[name], lp, **{k: v for k, v in values.items() if k})
+
+    mapped = jax.jit(jax.vmap(both))(two)
+    for i in range(2):
+        single = both({key: float(values[i]) for key, values in two.items()})
+        for got, expected in zip(jax.tree.leaves(mapped), jax.tree.leaves(single), strict=True):
+            np.testing.assert_allclose(got[i], expected, rtol=2e-4, atol=1e-6)
 
 
-def test_get_objective_refuses_what_the_objective_does_not_have():
-    with pytest.raises(UserError, match=r"'simpo' has no hyperparameter alpha: it has beta, gamma"):
-        losses.get_objective("simpo", alpha=1.0)
+@pytest.mark.parametrize(
+    ("name", "hp", "message"),
+    [
+        ("simpo", {"alpha": 1.0}, r"'simpo' has no hyperparameter alpha: it has beta, gamma"),
+        ("nll", {"beta": 1.0}, r"'nll' has no hyperparameter beta: it has none"),
+        ("ipo", {"beta": 0.0}, r"'ipo': beta 0.0 is not in \(0, inf\)"),
+        ("robust_dpo", {"label_smoothing": 0.5}, r"'robust_dpo': label_smoothing 0.5 is not in \[0, 0.5\)"),
+        ("exo_pair", {"label_smoothing": 0.0}, r"'exo_pair': label_smoothing 0.0 is not in \(0, 0.5\)"),
+        ("bdpo", {"mixture": 1.5}, r"'bdpo': mixture 1.5 is not in \(0, 1\]"),
+        ("beta_dpo", {"momentum": 1.0}, r"'beta_dpo': momentum 1.0 is not in \[0, 1\)"),
+        ("kto", {"desirable": -1.0}, r"'kto': desirable -1.0 is not in \[0, inf\)"),
+        ("dpo", {"beta": float("nan")}, r"'dpo': beta nan is not in \(0, inf\)"),
+        ("dpo", {"beta": "much"}, r"'dpo': beta much is not in \(0, inf\)"),
+        ("sppo", {"beta": 1e-30}, r"'sppo': at \{'beta': 1e-30\} the loss of an ordinary pair is not finite"),
+    ],
+)
+def test_get_objective_refuses_what_cannot_work(name, hp, message):
+    with pytest.raises(UserError, match=message):
+        losses.get_objective(name, **hp)
 
 
-@pytest.mark.parametrize("name", ["ipo", "sppo"])
-def test_a_hyperparameter_that_divides_by_zero_is_refused(name):
-    with pytest.raises(UserError, match=f"objective '{name}': .* divides by zero"):
-        losses.get_objective(name, beta=0.0)
+def test_get_objective_keeps_name_type_and_defaults():
+    for name in NAMES:
+        fixed = losses.get_objective(name, **OTHER[name])
+        assert type(fixed) is type(losses.OBJECTIVES[name]) or not isinstance(fixed, losses.BatchObjective)
+        assert isinstance(fixed, losses.BatchObjective) == isinstance(losses.OBJECTIVES[name], losses.BatchObjective)
+        assert fixed.__name__ == name
+        found = {p.name: p.default for p in list(inspect.signature(fixed).parameters.values())[1:]}
+        assert found == OTHER[name]
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of one's own on the path."""
+    code = (
+        "import jax, jax.numpy as jnp\n"
+        "def cubic(lp, target=1.0):\n"
+        "    return jax.nn.relu(target - lp.chosen + lp.rejected) ** 3\n"
+        "def mean(lp):\n"
+        "    return jnp.mean(lp.chosen)\n"
+        "number = 3\n"
+    )
+    (tmp_path / "my_objectives_of_a_test.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "my_objectives_of_a_test"
+
+
+def test_an_objective_of_ones_own_by_module_and_name(mine):
+    objective = losses.get_objective(f"{mine}:cubic", target=2.0)
+    assert objective(one(-1.0, -1.0, 0.0, 0.0, 1.0, 1.0)).tolist() == [8.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module_at_all:f", r"module 'no_such_module_at_all' cannot be imported: No module named"),
+        ("{mine}:square", r"module 'my_objectives_of_a_test' has no 'square'"),
+        ("{mine}:number", r"it is no function, but int"),
+        ("{mine}:mean", r"mean returned shape \(\): one loss a pair is needed, \(2,\)"),
+        (":f", r"module '' cannot be imported"),
+    ],
+)
+def test_an_objective_of_ones_own_that_cannot_work_is_refused_in_one_line(mine, name, message):
+    with pytest.raises(UserError, match=message) as error:
+        losses.get_objective(name.format(mine=mine))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,89 @@
+"""The ranges in which objectives' hyperparameters make sense, said once, in their annotations."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple
+
+from entangle.errors import UserError
+
+
+class Range(NamedTuple):
+    """An interval of real numbers.
+
+    Attributes:
+      low: lower end.
+      high: upper end.
+      with_low: whether the lower end belongs to it.
+      with_high: whether the upper end does.
+
+    Example:
+      >>> from entangle.losses.hyperparameters import Range
+      >>> str(Range(0.0, 0.5, with_low=True)), Range(0.0, 0.5, with_low=True).holds(0.5)
+      ('[0, 0.5)', False)
+    """
+
+    low: float
+    high: float
+    with_low: bool = False
+    with_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether the value lies in it; NaN lies in none."""
+        above = value > self.low or (self.with_low and value == self.low)
+        return above and (value < self.high or (self.with_high and value == self.high))
+
+    def __str__(self) -> str:
+        return f"{'[' if self.with_low else '('}{self.low:g}, {self.high:g}{']' if self.with_high else ')'}"
+
+
+_INFINITY = float("inf")
+
+Real = Annotated[float, Range(-_INFINITY, _INFINITY)]
+Positive = Annotated[float, Range(0.0, _INFINITY)]
+NonNegative = Annotated[float, Range(0.0, _INFINITY, with_low=True)]
+Share = Annotated[float, Range(0.0, 1.0, with_high=True)]
+Unit = Annotated[float, Range(0.0, 1.0, with_low=True, with_high=True)]
+Decay = Annotated[float, Range(0.0, 1.0, with_low=True)]
+FlipProbability = Annotated[float, Range(0.0, 0.5, with_low=True)]
+StrictFlipProbability = Annotated[float, Range(0.0, 0.5)]
+
+
+def ranges(function: Callable[..., Any]) -> dict[str, Range]:
+    """Range of every annotated parameter, by name.
+
+    Example:
+      >>> from entangle import losses
+      >>> from entangle.losses.hyperparameters import ranges
+      >>> {name: str(found) for name, found in ranges(losses.cdpo).items()}
+      {'beta': '(0, inf)', 'label_smoothing': '[0, 0.5)'}
+    """
+    function = inspect.unwrap(function)
+    while hasattr(function, "func"):
+        function = inspect.unwrap(function.func)
+    hints = typing.get_type_hints(function, include_extras=True)
+    found = {
+        name: [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)] for name, hint in hints.items()
+    }
+    return {name: marks[0] for name, marks in found.items() if marks}
+
+
+def check_ranges(name: str, function: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Refuse values outside of their ranges.
+
+    Args:
+      name: what the message calls the function.
+      function: whose annotations say the ranges.
+      values: parameter -> value.
+
+    Raises:
+      UserError: a value is no number, or lies outside.
+    """
+    for parameter, range_ in ranges(function).items():
+        if parameter not in values:
+            continue
+        value = values[parameter]
+        if not isinstance(value, (int, float)) or not range_.holds(float(value)):
+            raise UserError(f"objective {name!r}: {parameter} {value} is not in {range_}")

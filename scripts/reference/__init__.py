@@ -1,0 +1,1 @@
+"""The reference page of the objectives, made from their docstrings and signatures."""
