@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from entangle import losses
 from entangle.training import OptimizerConfig, StageConfig
 
 NOT_EVALUATED = (("base.eval_every", "sft.eval_every"), "only preference optimisation is evaluated")
@@ -21,7 +23,8 @@ class PairConfig:
     Attributes:
       out: folder of the experiment; made, or continued when it holds the same configuration.
       preset: the defaults that the other flags override.
-      objective: margin objective: cpo, dpo, dpop, ipo, kto, r_dpo, rrhf, simpo, slic_hf or sppo.
+      objective: margin objective: a name of entangle/losses/README.md (dpo, ipo, simpo, kto, ...), or module:function for
+        your own.
       objective_args: hyperparameters of the objective by name, e.g. beta 0.2.
       pair_chain: how the two gradients are combined: margin, normalized or pairwise_normalized.
       seeds: number of seeds: order of the SFT and preference batches.
@@ -71,4 +74,16 @@ def identity(settings: PairConfig) -> dict[str, Any]:
       ['data_dir', 'out', 'reference_cache', 'track']
     """
     left_out = ("out", "reference_cache", "data_dir", "track")
-    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in left_out}
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in left_out} | objective_identity(settings)
+
+
+def objective_identity(settings: PairConfig) -> dict[str, Any]:
+    """What the objective's name does not say: of one of your own, a digest of the module that it comes from.
+
+    Example:
+      >>> from experiments.pair_config import PairConfig, objective_identity
+      >>> objective_identity(PairConfig()), list(objective_identity(PairConfig(objective="entangle.losses.logistic:dpo")))
+      ({}, ['objective_source'])
+    """
+    source = losses.objective_source(settings.objective)
+    return {} if source is None else {"objective_source": hashlib.sha256(source.encode()).hexdigest()}

@@ -10,7 +10,7 @@ from entangle import losses, training
 from entangle.training import RunFolder
 from entangle.types import Params
 from experiments import figures, references, report, stages
-from experiments.pair_config import PairConfig, identity
+from experiments.pair_config import PairConfig, identity, objective_identity
 from experiments.pair_data import Checkpoint
 
 AfterRun = Callable[[Path, stages.PreferenceData, Params, Params], None]
@@ -60,6 +60,7 @@ def identities(
         "objective": settings.objective,
         "objective_args": settings.objective_args,
         "pair_chain": settings.pair_chain,
+        **objective_identity(settings),
     }
 
 

@@ -6,6 +6,7 @@ A program (optimizer, compiled step) is made once and serves every run of its sh
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,11 +33,13 @@ class Program(NamedTuple):
       stage: how long, how much.
       tx: the optax chain.
       step: jitted step: state, batch and (for preferences) the probe.
+      memory: parameters at the start to what the gradients remember, see ``training.preference_memory``.
     """
 
     stage: StageConfig
     tx: optax.GradientTransformation
     step: Callable[..., Any]
+    memory: Callable[[Params], Any] = lambda params: ()
 
 
 class PreferenceProgram(NamedTuple):
@@ -148,7 +151,7 @@ def preference_program(
         return {f"{split}/{name}": v for split, m in found.items() for name, v in training.means(m).items()}
 
     return PreferenceProgram(
-        Program(stage, tx, jax.jit(step)),
+        Program(stage, tx, jax.jit(step), functools.partial(training.preference_memory, objective)),
         jax.jit(lambda params, pairs: training.score_pairs(model.log_probs, params, pairs, eval_batch)),
         jax.jit(diagnose),
     )
@@ -167,7 +170,7 @@ def _finish(
 ) -> Params:
     config = {**identity, "start": digest(*jax.tree.leaves(start)), "stage": dataclasses.asdict(program.stage)}
     run = RunFolder(folder, config)
-    state = training.init_state(start, program.tx)
+    state = training.init_state(start, program.tx, program.memory(start))
     label = " ".join(str(identity[name]) for name in ("kind", "pair_set", "seed") if name in identity)
     return training.train(
         run,

@@ -37,7 +37,7 @@ from entangle.losses.objective import (
 from entangle.losses.pointwise import apo_down, apo_zero, bco_pair, cal_dpo, cal_dpo_halved, nca_pair, sppo
 from entangle.losses.prospect import RunningMean, bco_pair_shifted, kto, kto_reference_point
 from entangle.losses.reference_free import alphapo, asft, cpo, orpo, rrhf, simpo, slic_hf
-from entangle.losses.table import OBJECTIVES, PAPER_OBJECTIVES, TOKEN_OBJECTIVES, get_objective
+from entangle.losses.table import OBJECTIVES, PAPER_OBJECTIVES, TOKEN_OBJECTIVES, get_objective, objective_source
 from entangle.losses.tokens import (
     TokenObjective,
     ld_dpo,
@@ -125,6 +125,7 @@ __all__ = [
     "nll",
     "nll_averaged",
     "nll_token_mean",
+    "objective_source",
     "oracle_masks",
     "orpo",
     "per_token",

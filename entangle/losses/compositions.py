@@ -44,6 +44,9 @@ def weighted_sum(*terms: tuple[float | jax.Array, Objective]) -> Objective:
 def label_smoothed(objective: Objective, label_smoothing: float | jax.Array) -> Objective:
     """An objective in expectation over labels that are wrong with a given probability; of ``dpo`` that is ``cdpo``.
 
+    Defined by exchanging the pair. Some code smooths ``-log s(x)`` to ``-(1 - e) log s(x) - e log s(-x)`` instead, which is
+    the same for an x that changes sign with the pair, and not for one with a target margin, such as SimPO's gamma.
+
     Args:
       objective: at its own hyperparameters.
       label_smoothing: probability that chosen and rejected are exchanged.

@@ -99,8 +99,8 @@ def get_objective(name: str, **hyperparameters: Any) -> Objective:
       A function of pair log-probabilities alone, of the objective's type.
 
     Raises:
-      UserError: there is no such objective, it has no such hyperparameter, a value lies outside of its range or makes the
-        loss of an ordinary pair infinite, or a function of your own does not return one loss a pair.
+      UserError: there is no such objective, or it is one of tokens; it has no such hyperparameter, a value lies outside of
+        its range or makes the loss of an ordinary pair infinite; or a function of your own does not return one loss a pair.
 
     Example:
       >>> from entangle import losses
@@ -108,6 +108,11 @@ def get_objective(name: str, **hyperparameters: Any) -> Objective:
       Traceback (most recent call last):
       entangle.errors.UserError: unknown objective 'dppo': choose one of alphapo, amapo, aot, ...
     """
+    if name in TOKEN_OBJECTIVES:
+        raise UserError(
+            f"objective {name!r} takes log-probabilities of tokens, and here those of responses are needed: "
+            "training.row_gradients trains with it"
+        )
     objective = _imported(name) if ":" in name else OBJECTIVES.get(name)
     if objective is None:
         raise UserError(
@@ -125,6 +130,31 @@ def get_objective(name: str, **hyperparameters: Any) -> Objective:
     fixed = with_hyperparameters(objective, **hyperparameters)
     _try(name, fixed, hyperparameters)
     return fixed
+
+
+def objective_source(name: str) -> str | None:
+    """The text of the module that an objective of your own comes from; None for one of the table.
+
+    What tells two runs apart whose objective has one name and was edited in between.
+
+    Args:
+      name: as for :func:`get_objective`.
+
+    Raises:
+      UserError: there is no such module or function.
+
+    Example:
+      >>> from entangle import losses
+      >>> losses.objective_source("dpo") is None, "def dpo(" in losses.objective_source("entangle.losses.logistic:dpo")
+      (True, True)
+    """
+    if ":" not in name:
+        return None
+    module = inspect.getmodule(inspect.unwrap(_imported(name))) or importlib.import_module(name.partition(":")[0])
+    try:
+        return inspect.getsource(module)
+    except OSError:
+        return ""  # typed in by hand: there is no text
 
 
 def _imported(name: str) -> Objective:

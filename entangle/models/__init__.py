@@ -13,6 +13,7 @@ from entangle.models.config import PRESETS, DecoderConfig, preset
 from entangle.models.decoder import Decoder
 from entangle.models.huggingface import load_gpt2, save_gpt2
 from entangle.models.language_model import LanguageModel, language_model
+from entangle.models.token_statistics import token_statistics
 
 __all__ = [
     "PRESETS",
@@ -24,4 +25,5 @@ __all__ = [
     "log_prob_function",
     "preset",
     "save_gpt2",
+    "token_statistics",
 ]

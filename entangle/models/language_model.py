@@ -20,6 +20,7 @@ class LanguageModel(NamedTuple):
     Attributes:
       config: the shapes.
       init: PRNG key to parameters, a nested dict of float32 arrays.
+      hidden_states: parameters and tokens ``[..., T]`` to ``[..., T, D]``, what the head reads at every token.
       logits: parameters and tokens ``[..., T]`` to next-token logits ``[..., T, V]``.
       token_log_probs: parameters and tokens ``[..., T]`` to ``[..., T]``, in nats: position t holds
         ``log p(token_t | tokens < t)``, position 0 holds 0.
@@ -29,6 +30,7 @@ class LanguageModel(NamedTuple):
 
     config: DecoderConfig
     init: Callable[[jax.Array], Params]
+    hidden_states: Callable[[Params, jax.Array], jax.Array]
     logits: Callable[[Params, jax.Array], jax.Array]
     token_log_probs: Callable[[Params, jax.Array], jax.Array]
     log_probs: LogProbFn
@@ -57,6 +59,9 @@ def language_model(config: DecoderConfig) -> LanguageModel:
     def init(key: jax.Array) -> Params:
         return nnx.to_pure_dict(nnx.state(Decoder(config, nnx.Rngs(key)), nnx.Param))
 
+    def hidden_states(params: Params, tokens: jax.Array) -> jax.Array:
+        return nnx.merge(graph, params).hidden_states(tokens)
+
     def logits(params: Params, tokens: jax.Array) -> jax.Array:
         return nnx.merge(graph, params).logits(tokens)
 
@@ -69,7 +74,7 @@ def language_model(config: DecoderConfig) -> LanguageModel:
         per_token = token_log_probs(params, batch.tokens)
         return jnp.where(batch.completion_mask, per_token, jnp.zeros_like(per_token)).sum(-1)
 
-    return LanguageModel(config, init, logits, token_log_probs, log_probs)
+    return LanguageModel(config, init, hidden_states, logits, token_log_probs, log_probs)
 
 
 def next_token_log_probs(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from entangle.training.gradients import (
     TokenBatch,
     likelihood_gradients,
     preference_gradients,
+    preference_memory,
 )
 from entangle.training.loop import final_params, train
 from entangle.training.metrics import means
@@ -21,6 +22,8 @@ from entangle.training.reference_cache import (
     reference_fingerprint,
     reference_log_probs,
 )
+from entangle.training.references import Reference, adapter_off, frozen_copy, moving_reference
+from entangle.training.row_objectives import masked_rows, row_gradients
 from entangle.training.run_folder import RunFolder, read_metrics, write_json
 from entangle.training.stage import StageConfig
 from entangle.training.step import TrainState, init_state, make_step
@@ -35,6 +38,7 @@ __all__ = [
     "NoTracker",
     "OptimizerConfig",
     "PreferenceExamples",
+    "Reference",
     "ReferenceFingerprint",
     "RunFolder",
     "StageConfig",
@@ -42,17 +46,23 @@ __all__ = [
     "Tracker",
     "TrainState",
     "WandbTracker",
+    "adapter_off",
     "check_reference",
     "final_params",
+    "frozen_copy",
     "init_state",
     "likelihood_gradients",
     "make_step",
+    "masked_rows",
     "means",
+    "moving_reference",
     "pair_diagnostics",
     "preference_gradients",
+    "preference_memory",
     "read_metrics",
     "reference_fingerprint",
     "reference_log_probs",
+    "row_gradients",
     "score_pairs",
     "train",
     "write_json",

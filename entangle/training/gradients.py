@@ -8,14 +8,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from entangle import geometry, losses, transforms
-from entangle.losses import Coefficients, Objective
+from entangle.losses import Coefficients, Objective, RunningObjective
 from entangle.training.metrics import Metrics, geometry_metrics, likelihood_metrics
+from entangle.training.references import Reference
 from entangle.types import LogProbFn, PairBatch, PairGeometry, PairLogProbs, Params
 
 PairRule = Callable[[Coefficients, PairGeometry], Coefficients]
@@ -29,15 +30,24 @@ class GradientResult(NamedTuple):
       gradients: the updates that the optax chain takes: a tree like the parameters, or PairGradients.
       metrics: name to ``[B]``, one number an example, or to a scalar of the whole batch; the step takes the means.
       losses: per example, to name the culprit when one is not finite: ``[B]``.
+      memory: what the next batch is to know of those before.
     """
 
     gradients: Any
     metrics: Metrics
     losses: jax.Array
+    memory: Any = ()
 
 
-GradientFn = Callable[[Params, Any, jax.Array], GradientResult]
-"""``(params, batch, learning_rate) -> GradientResult``; the learning rate is for predictions only."""
+class GradientFn(Protocol):
+    """``(params, batch, learning_rate, memory) -> GradientResult``; the learning rate is for predictions only.
+
+    The memory is ``()`` for what needs none, see :func:`preference_memory`.
+    """
+
+    def __call__(self, params: Params, batch: Any, learning_rate: jax.Array, memory: Any = (), /) -> GradientResult:
+        """Return what one batch gives."""
+        ...
 
 
 class TokenBatch(NamedTuple):
@@ -57,15 +67,49 @@ class PreferenceExamples(NamedTuple):
 
     Attributes:
       pairs: PairBatch of B pairs.
-      reference: ``[B, 2]`` reference log-probabilities, nats.
+      reference: ``[B, 2]`` reference log-probabilities, nats; None where the step itself scores the reference.
     """
 
     pairs: PairBatch
-    reference: jax.Array
+    reference: jax.Array | None = None
+
+
+class PreferenceMemory(NamedTuple):
+    """What a preference step remembers.
+
+    Attributes:
+      objective: memory of a ``losses.RunningObjective``, else ``()``.
+      reference: memory of a reference scored inside the step, see ``training.references``, else ``()``.
+    """
+
+    objective: Any = ()
+    reference: Any = ()
+
+
+def preference_memory(
+    objective: Callable[..., jax.Array], params: Params, reference: Reference | None = None
+) -> PreferenceMemory:
+    """The memory before the first step, for ``init_state``.
+
+    Args:
+      objective: the objective that is trained with.
+      params: the policy's parameters at the start.
+      reference: the reference that is scored inside the step, if there is one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle import losses, training
+      >>> training.preference_memory(losses.beta_dpo, jnp.zeros(2)).objective.mean.tolist()
+      0.0
+    """
+    return PreferenceMemory(
+        objective.init() if isinstance(objective, RunningObjective) else (),
+        () if reference is None else reference.init(params),
+    )
 
 
 def pair_log_probs(log_probs: jax.Array, examples: PreferenceExamples) -> PairLogProbs:
-    """Name the columns of ``[B, 2]`` log-probabilities.
+    """Name the columns of ``[B, 2]`` log-probabilities; without a reference its log-probabilities are zeros.
 
     Example:
       >>> import jax.numpy as jnp
@@ -76,11 +120,12 @@ def pair_log_probs(log_probs: jax.Array, examples: PreferenceExamples) -> PairLo
       Array([2], dtype=int32)
     """
     lengths = jnp.sum(examples.pairs.completion_mask, axis=-1, dtype=jnp.int32)
+    reference = jnp.zeros_like(log_probs) if examples.reference is None else examples.reference
     return PairLogProbs(
         log_probs[:, 0],
         log_probs[:, 1],
-        examples.reference[:, 0],
-        examples.reference[:, 1],
+        reference[:, 0],
+        reference[:, 1],
         lengths[:, 0],
         lengths[:, 1],
     )
@@ -122,9 +167,11 @@ def likelihood_gradients(token_log_probs_fn: Callable[[Params, jax.Array], jax.A
         count = jnp.sum(batch.mask, dtype=log_probs.dtype)
         return -jnp.sum(log_probs) / jnp.maximum(count, 1.0), -jnp.sum(log_probs, axis=-1)
 
-    def gradients(params: Params, batch: TokenBatch, learning_rate: jax.Array) -> GradientResult:
+    def gradients(params: Params, batch: TokenBatch, learning_rate: jax.Array, memory: Any = ()) -> GradientResult:
         (loss, rows), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
-        return GradientResult(grads, {"loss": loss, "perplexity": jnp.exp(loss), "learning_rate": learning_rate}, rows)
+        return GradientResult(
+            grads, {"loss": loss, "perplexity": jnp.exp(loss), "learning_rate": learning_rate}, rows, memory
+        )
 
     return gradients
 
@@ -135,6 +182,7 @@ def preference_gradients(
     *,
     with_geometry: bool = True,
     pair_rule: PairRule | None = None,
+    reference: Reference | None = None,
 ) -> GradientFn:
     """Any margin objective: its two gradients apart, and the exact geometry of every pair of the batch.
 
@@ -144,9 +192,11 @@ def preference_gradients(
       with_geometry: log the exact geometry of every pair; it comes with the same backward.
       pair_rule: per-pair rule on the coefficients; it needs the geometry. ``coefficient/...`` are logged before it,
         ``predicted/...`` and ``case/...`` after it.
+      reference: scored inside the step, in the place of the examples' numbers; see ``training.references``.
 
     Returns:
-      A GradientFn over PreferenceExamples whose gradients are PairGradients and whose metrics are per pair.
+      A GradientFn over PreferenceExamples whose gradients are PairGradients and whose metrics are per pair. With a
+      ``RunningObjective`` or a reference it needs the memory that :func:`preference_memory` begins.
 
     Raises:
       ValueError: a pair rule without geometry.
@@ -168,10 +218,20 @@ def preference_gradients(
     scale = reward_scale(objective)
     vjp: Any = functools.partial(geometry.vjp_with_geometry, apart=True) if with_geometry else geometry.pair_vjp
 
-    def gradients(params: Params, examples: PreferenceExamples, learning_rate: jax.Array) -> GradientResult:
+    def gradients(
+        params: Params, examples: PreferenceExamples, learning_rate: jax.Array, memory: Any = ()
+    ) -> GradientResult:
+        if reference is not None:
+            memory = memory._replace(reference=reference.update(memory.reference, params))
+            frozen = jax.lax.stop_gradient(reference.params(memory.reference, params))
+            examples = examples._replace(reference=log_prob_fn(frozen, examples.pairs))
         log_probs, pull_back = vjp(log_prob_fn, params, examples.pairs)
         lp = pair_log_probs(log_probs, examples)
-        loss, d = losses.loss_and_coefficients(objective, lp)
+        now = objective
+        if isinstance(objective, RunningObjective):
+            memory = memory._replace(objective=objective.update(memory.objective, lp))
+            now = objective.given(memory.objective)
+        loss, d = losses.loss_and_coefficients(now, lp)
         metrics = likelihood_metrics(lp, loss, d, scale)
         if with_geometry:
             if pair_rule is not None:
@@ -180,7 +240,7 @@ def preference_gradients(
             metrics |= geometry_metrics(s, d, learning_rate)
         else:
             pair_gradients = pull_back(*d)
-        return GradientResult(pair_gradients, metrics | {"learning_rate": learning_rate}, loss)
+        return GradientResult(pair_gradients, metrics | {"learning_rate": learning_rate}, loss, memory)
 
     return gradients
 

@@ -23,11 +23,13 @@ class TrainState(NamedTuple):
       step: int32 scalar, optimizer steps taken.
       params: trainable parameters.
       opt_state: state of the optax chain.
+      memory: what the objective and a reference scored inside the step remember, see ``preference_memory``; else ``()``.
     """
 
     step: jax.Array
     params: Params
     opt_state: Any
+    memory: Any = ()
 
 
 class StepResult(NamedTuple):
@@ -45,8 +47,13 @@ class StepResult(NamedTuple):
 StepFn = Callable[[TrainState, Any], tuple[TrainState, StepResult]]
 
 
-def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
+def init_state(params: Params, tx: optax.GradientTransformation, memory: Any = ()) -> TrainState:
     """State before the first step.
+
+    Args:
+      params: trainable parameters.
+      tx: the optax chain.
+      memory: of the gradient function, where it has one: ``preference_memory``.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -54,7 +61,7 @@ def init_state(params: Params, tx: optax.GradientTransformation) -> TrainState:
       >>> int(init_state(jnp.zeros(2), optax.sgd(0.1)).step)
       0
     """
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), memory)
 
 
 def make_step(
@@ -95,7 +102,7 @@ def make_step(
 
     def step(state: TrainState, batch: Any, probe: Any = None) -> tuple[TrainState, StepResult]:
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        result = gradient_fn(state.params, batch, learning_rate)
+        result = gradient_fn(state.params, batch, learning_rate, state.memory)
         updates, opt_state = tx.update(result.gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = dict(result.metrics)
@@ -112,7 +119,7 @@ def make_step(
                 found = change_metrics(realised, {"first_order": first_order})
                 metrics |= {f"probe/{name}": values for name, values in found.items()}
         metrics = means(metrics) | {"update_norm": jnp.sqrt(inner_product(updates, updates))}
-        return TrainState(state.step + 1, params, opt_state), StepResult(metrics, result.losses)
+        return TrainState(state.step + 1, params, opt_state, result.memory), StepResult(metrics, result.losses)
 
     return step
 

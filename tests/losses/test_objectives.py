@@ -198,6 +198,7 @@ def test_hyperparameters_may_be_traced_and_everything_maps_over_a_further_axis(n
     ("name", "hp", "message"),
     [
         ("simpo", {"alpha": 1.0}, r"'simpo' has no hyperparameter alpha: it has beta, gamma"),
+        ("ld_dpo", {}, r"'ld_dpo' takes log-probabilities of tokens, .*: training.row_gradients trains with it"),
         ("nll", {"beta": 1.0}, r"'nll' has no hyperparameter beta: it has none"),
         ("ipo", {"beta": 0.0}, r"'ipo': beta 0.0 is not in \(0, inf\)"),
         ("robust_dpo", {"label_smoothing": 0.5}, r"'robust_dpo': label_smoothing 0.5 is not in \[0, 0.5\)"),
