@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from entangle.losses.hyperparameters import Decay, FlipProbability, NonNegative, Positive
 from entangle.losses.log_ratios import as_float32, clipped, length_averages, log_ratios
+from entangle.losses.logistic import smoothed_logistic
 from entangle.losses.objective import running, whole_batch
 from entangle.types import PairLogProbs
 
@@ -16,10 +17,6 @@ from entangle.types import PairLogProbs
 def _ranks(values: jax.Array) -> jax.Array:
     """Position of every value in the sorted order, equal ones in the order in which they come, ``[B]`` int32."""
     return jnp.argsort(jnp.argsort(values))
-
-
-def _smoothed(z: jax.Array, label_smoothing: float | jax.Array) -> jax.Array:
-    return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(z) - label_smoothing * jax.nn.log_sigmoid(-z)
 
 
 @whole_batch
@@ -61,7 +58,7 @@ def aot(lp: PairLogProbs, beta: Positive = 0.01, label_smoothing: FlipProbabilit
     lp = as_float32(lp)
     margin = lp.chosen - lp.rejected
     partner = jnp.sort(lp.ref_chosen - lp.ref_rejected)[_ranks(jax.lax.stop_gradient(margin))]
-    return _smoothed(beta * (margin - partner), label_smoothing)
+    return smoothed_logistic(beta * (margin - partner), label_smoothing)
 
 
 @whole_batch
@@ -101,7 +98,7 @@ def aot_unpaired(lp: PairLogProbs, beta: Positive = 0.01, label_smoothing: FlipP
     """
     r_w, r_l = log_ratios(lp)
     partner = jnp.sort(r_l)[_ranks(jax.lax.stop_gradient(r_w))]
-    return _smoothed(beta * (r_w - partner), label_smoothing)
+    return smoothed_logistic(beta * (r_w - partner), label_smoothing)
 
 
 @whole_batch

@@ -75,7 +75,18 @@ def cdpo(lp: PairLogProbs, beta: Positive = 0.1, label_smoothing: FlipProbabilit
       True
     """
     r_w, r_l = log_ratios(lp)
-    z = beta * (r_w - r_l)
+    return smoothed_logistic(beta * (r_w - r_l), label_smoothing)
+
+
+def smoothed_logistic(z: jax.Array, label_smoothing: float | jax.Array) -> jax.Array:
+    """Logistic loss of a margin whose sign is wrong with a given probability.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle.losses.logistic import smoothed_logistic
+      >>> smoothed_logistic(jnp.zeros(1), 0.3)
+      Array([0.6931472], dtype=float32)
+    """
     return -(1.0 - label_smoothing) * jax.nn.log_sigmoid(z) - label_smoothing * jax.nn.log_sigmoid(-z)
 
 

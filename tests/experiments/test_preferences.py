@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import linecache
 import re
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from entangle import data, models, training
 from entangle.errors import UserError
 from entangle.types import PairBatch
-from experiments import preferences, references
+from experiments import pair_runs, preferences, references
 from experiments.preferences import presets
 
 WORDS = ("tea", "coffee", "milk", "water", "juice", "soda", "cocoa", "cider")
@@ -111,6 +112,7 @@ def without_sft(finished, tmp_path_factory):
     too_large = dataclasses.replace(asked.sft, batch_size=999)  # SFT is left out, so its batch size does not matter
     out = tmp_path_factory.mktemp("without_sft") / "out"
     asked = dataclasses.replace(asked, out=out, sft_first=False, sft=too_large, changes=False, probe_pairs=0)
+    asked = dataclasses.replace(asked, objective="beta_dpo")  # one with a memory, which has to go through checkpoints
     return asked, preferences.run(asked)
 
 
@@ -272,3 +274,18 @@ def test_bad_input_ends_in_one_line(finished, checkpoint, tmp_path, fail):
     assert "short.jsonl:1 and after: 2 different prompts are too few to hold every 8th out" in error
     assert error.endswith("name a held-out file with --held-out (short.jsonl: 2 of 2 lines read, 0 bad)")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_objective_of_ones_own_that_was_edited_is_another_experiment(finished, tmp_path, monkeypatch):
+    asked, _ = finished
+    module = tmp_path / "own_objective_of_a_test.py"
+    module.write_text("from entangle import losses\ndef mine(lp):\n    return losses.dpo(lp, beta=0.2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = dataclasses.replace(asked, out=tmp_path / "out", objective="own_objective_of_a_test:mine")
+    pairs = {preferences.PAIR_SET: preferences.gather(asked).pairs}
+    pair_runs.open_folder(asked, preferences.PAIR_SET, pairs, {})
+    pair_runs.open_folder(asked, preferences.PAIR_SET, pairs, {})  # the same again: gone on with
+    module.write_text(module.read_text().replace("0.2", "0.3"))
+    linecache.checkcache()
+    with pytest.raises(UserError, match=r"objective_source"):
+        pair_runs.open_folder(asked, preferences.PAIR_SET, pairs, {})

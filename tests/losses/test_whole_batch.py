@@ -90,7 +90,8 @@ def test_beta_dpos_average_moves_and_its_beta_follows():
 @pytest.mark.usefixtures("x64")
 def test_memory_and_statistics_carry_no_gradient():
     """All but the two that sort: a pair's loss has slopes along its own log-probabilities alone."""
-    lp = PairLogProbs(*(field[:6] for field in as_jax(BATCHES["rising"], jnp.float64)))
+    lp = PairLogProbs(*(field[:6] for field in as_jax(BATCHES["apart"], jnp.float64)))
+    lp = lp._replace(chosen=lp.chosen + 60.0)  # kto's point of reference is above 0, beta-DPO's beta above its lowest
     assert float(losses.kto_reference_point(lp)) > 0
     for name in sorted(WHOLE - {"aot", "aot_unpaired"}):
         for side in ("chosen", "rejected"):

@@ -11,17 +11,32 @@ import pytest
 from entangle import losses, models, training, transforms
 from entangle.training.row_objectives import masked_rows, row_gradients
 from entangle.types import PairBatch
-from tests.toy import draw_pairs, flatten
+from tests.toy import draw_pairs, draw_params, flatten
 
 CONFIG = models.DecoderConfig(vocab_size=20, max_positions=12, width=8, layers=1, heads=2)
 MODEL = models.language_model(CONFIG)
 STATISTICS = models.token_statistics(MODEL.logits)
 RATE = jnp.asarray(0.1, jnp.float32)
-PAIRS = draw_pairs(0, pairs=4, length=10, vocab=20)
+PAIRS = draw_pairs(0, pairs=4, length=10, vocab=7)
 
 
-def start(seed=0):
-    return jax.tree.map(lambda x: 3.0 * x, MODEL.init(jax.random.key(seed)))
+def toy_hidden(params, tokens):
+    return jnp.tanh(params["embed"][tokens])
+
+
+def toy_logits(params, tokens):
+    return toy_hidden(params, tokens) @ params["out"]
+
+
+TOY = models.token_statistics(toy_logits)
+
+
+def toy_log_probs(params, batch):
+    return jnp.sum(jnp.where(batch.completion_mask, TOY(params, params, batch).log_probs, 0.0), axis=-1)
+
+
+def start(seed):
+    return {name: x for name, x in draw_params("mlp", seed, jnp.float64, hidden=5).items() if name in ("embed", "out")}
 
 
 def masked(rows):
@@ -31,19 +46,18 @@ def masked(rows):
 def cases():
     """Name -> rows function, objective, parameters of the policy and of the reference."""
     found = {
-        name: (STATISTICS, functools.partial(o, beta=0.5), start(0), start(1))
-        for name, o in losses.TOKEN_OBJECTIVES.items()
+        name: (TOY, functools.partial(o, beta=0.5), start(0), start(1)) for name, o in losses.TOKEN_OBJECTIVES.items()
     }
     with_mask = [
-        {"policy": start(seed), "mask": losses.MaskParams(0.3 * jnp.arange(8.0), jnp.asarray(0.2))} for seed in (0, 1)
+        {"policy": start(seed), "mask": losses.MaskParams(0.3 * jnp.arange(5.0), jnp.asarray(0.2))} for seed in (0, 1)
     ]
-    return found | {"masked_dpo": (masked_rows(STATISTICS, MODEL.hidden_states), masked, *with_mask)}
+    return found | {"masked_dpo": (masked_rows(TOY, toy_hidden), masked, *with_mask)}
 
 
 @pytest.mark.parametrize("name", [*losses.TOKEN_OBJECTIVES, "masked_dpo"])
 @pytest.mark.usefixtures("x64")
 def test_gradients_equal_plain_autodiff_of_the_mean_loss(name):
-    rows_fn, objective, params, ref = jax.tree.map(lambda x: x, cases()[name])
+    rows_fn, objective, params, ref = cases()[name]
     params, ref = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (params, ref))
     reference = training.frozen_copy()
     memory = training.preference_memory(objective, ref, reference)
@@ -81,13 +95,13 @@ def test_weighed_geometry_is_that_of_the_two_sides_own_gradients(name):
 
 @pytest.mark.usefixtures("x64")
 def test_ld_dpo_at_alpha_1_is_dpo():
-    params, ref = (jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), start(seed)) for seed in (0, 1))
+    params, ref = start(0), start(1)
     reference = training.frozen_copy()
     objective = functools.partial(losses.ld_dpo, alpha=1.0)
     memory = training.preference_memory(objective, ref, reference)
     examples = training.PreferenceExamples(PAIRS)
-    rows = jax.jit(row_gradients(STATISTICS, objective, reference))(params, examples, RATE, memory)
-    plain = training.preference_gradients(MODEL.log_probs, losses.dpo, reference=reference)
+    rows = jax.jit(row_gradients(TOY, objective, reference))(params, examples, RATE, memory)
+    plain = training.preference_gradients(toy_log_probs, losses.dpo, reference=reference)
     whole = jax.jit(plain)(params, examples, RATE, memory)
     np.testing.assert_allclose(rows.losses, whole.losses, rtol=1e-9)
     np.testing.assert_allclose(flatten(rows.gradients), flatten(whole.gradients), rtol=1e-7, atol=1e-12)

@@ -1,0 +1,60 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from entangle import models
+from tests.toy import draw_pairs
+
+MODEL = models.language_model(models.DecoderConfig(vocab_size=11, max_positions=12, width=8, layers=1, heads=2))
+PAIRS = draw_pairs(0, pairs=3, length=9, vocab=11)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Two models far from uniform, and what is said of their tokens."""
+    params, reference = (jax.tree.map(lambda x: 4.0 * x, MODEL.init(jax.random.key(seed))) for seed in (0, 1))
+    return params, reference, jax.jit(models.token_statistics(MODEL.logits))(params, reference, PAIRS)
+
+
+def softmax(params):
+    logits = np.asarray(MODEL.logits(params, PAIRS.tokens), np.float64)[..., :-1, :]
+    shifted = np.exp(logits - logits.max(-1, keepdims=True))
+    return shifted / shifted.sum(-1, keepdims=True)
+
+
+def test_log_probs_are_the_models_own(found):
+    params, reference, tokens = found
+    for mine, p in ((tokens.log_probs, params), (tokens.ref_log_probs, reference)):
+        np.testing.assert_allclose(mine, MODEL.token_log_probs(p, PAIRS.tokens), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(tokens.completion_mask, PAIRS.completion_mask)
+
+
+def test_divergence_and_squares_are_sums_over_the_vocabulary(found):
+    params, reference, tokens = found
+    p, q = softmax(params), softmax(reference)
+    np.testing.assert_allclose(tokens.kl[..., 1:], (q * (np.log(q) - np.log(p))).sum(-1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(tokens.log_sum_squares[..., 1:], np.log((p**2).sum(-1)), rtol=1e-5)
+    assert float(tokens.kl[..., 1:].min()) > 1e-4
+    for field in (tokens.log_probs, tokens.ref_log_probs, tokens.log_sum_squares, tokens.kl):
+        assert field.shape == PAIRS.tokens.shape and not np.any(field[..., 0])
+
+
+def test_a_policy_that_is_its_reference_has_no_divergence():
+    params = MODEL.init(jax.random.key(0))
+    tokens = models.token_statistics(MODEL.logits)(params, params, PAIRS)
+    np.testing.assert_array_equal(tokens.kl, 0.0)
+    np.testing.assert_array_equal(tokens.log_probs, tokens.ref_log_probs)
+
+
+def test_what_is_certain_stays_finite():
+    """Logits of minus a billion: probabilities of exactly 0 in the reference."""
+
+    def unigram(params, tokens):
+        return jnp.broadcast_to(params, (*tokens.shape, 11))
+
+    sure = jnp.where(jnp.arange(11) == 3, 0.0, -1e9)
+    tokens = models.token_statistics(unigram)(jnp.zeros(11), sure, PAIRS)
+    np.testing.assert_allclose(tokens.kl[..., 1:], np.log(11), rtol=1e-6)
+    slopes = jax.grad(lambda p: jnp.sum(models.token_statistics(unigram)(p, sure, PAIRS).kl))(jnp.zeros(11))
+    assert bool(jnp.all(jnp.isfinite(slopes)))
