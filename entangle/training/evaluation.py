@@ -53,7 +53,8 @@ def pair_diagnostics(
 
     Args:
       log_prob_fn: the policy.
-      objective: whose coefficients are taken.
+      objective: whose coefficients are taken; one that looks at the whole batch sees all N pairs, and one with a memory is
+        taken as at its first step.
       with_geometry: look at the gradients too: one backward, without any gradient of the parameters' size.
       pair_rule: per-pair rule on the coefficients, as in ``preference_gradients``: ``coefficient/...`` are before it,
         ``predicted/...`` and ``case/...`` after it.

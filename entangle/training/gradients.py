@@ -108,6 +108,36 @@ def preference_memory(
     )
 
 
+def begun(memory: Any) -> PreferenceMemory:
+    """The memory of a step that needs one.
+
+    Raises:
+      ValueError: it was not begun.
+
+    Example:
+      >>> from entangle.training.gradients import begun
+      >>> begun(())
+      Traceback (most recent call last):
+      ValueError: this step remembers: begin with init_state(params, tx, preference_memory(objective, params, reference))
+    """
+    if not isinstance(memory, PreferenceMemory):
+        raise ValueError(
+            "this step remembers: begin with init_state(params, tx, preference_memory(objective, params, reference))"
+        )
+    return memory
+
+
+def updated_reference(reference: Reference, memory: Any, params: Params) -> tuple[PreferenceMemory, Params]:
+    """The memory after a step's look at its reference, and the reference's parameters, which get no gradient.
+
+    Raises:
+      ValueError: the memory was not begun.
+    """
+    memory = begun(memory)
+    memory = memory._replace(reference=reference.update(memory.reference, params))
+    return memory, jax.lax.stop_gradient(reference.params(memory.reference, params))
+
+
 def pair_log_probs(log_probs: jax.Array, examples: PreferenceExamples) -> PairLogProbs:
     """Name the columns of ``[B, 2]`` log-probabilities; without a reference its log-probabilities are zeros.
 
@@ -222,13 +252,13 @@ def preference_gradients(
         params: Params, examples: PreferenceExamples, learning_rate: jax.Array, memory: Any = ()
     ) -> GradientResult:
         if reference is not None:
-            memory = memory._replace(reference=reference.update(memory.reference, params))
-            frozen = jax.lax.stop_gradient(reference.params(memory.reference, params))
+            memory, frozen = updated_reference(reference, memory, params)
             examples = examples._replace(reference=log_prob_fn(frozen, examples.pairs))
         log_probs, pull_back = vjp(log_prob_fn, params, examples.pairs)
         lp = pair_log_probs(log_probs, examples)
         now = objective
         if isinstance(objective, RunningObjective):
+            memory = begun(memory)
             memory = memory._replace(objective=objective.update(memory.objective, lp))
             now = objective.given(memory.objective)
         loss, d = losses.loss_and_coefficients(now, lp)

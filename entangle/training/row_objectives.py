@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from entangle import geometry, losses
-from entangle.training.gradients import GradientFn, GradientResult, PreferenceExamples
+from entangle.training.gradients import GradientFn, GradientResult, PreferenceExamples, updated_reference
 from entangle.training.metrics import geometry_metrics
 from entangle.training.references import Reference
 from entangle.types import PairBatch, Params
@@ -62,8 +62,7 @@ def row_gradients(
     def gradients(
         params: Params, examples: PreferenceExamples, learning_rate: jax.Array, memory: Any = ()
     ) -> GradientResult:
-        memory = memory._replace(reference=reference.update(memory.reference, params))
-        frozen = jax.lax.stop_gradient(reference.params(memory.reference, params))
+        memory, frozen = updated_reference(reference, memory, params)
         rows = rows_fn(params, frozen, examples.pairs)
         loss, weights = losses.row_loss_and_coefficients(objective, rows)
 

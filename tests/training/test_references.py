@@ -147,3 +147,11 @@ def test_policy_and_reference_of_one_step_agree_at_the_start():
     result = jax.jit(gradients)(params, training.PreferenceExamples(pairs), jnp.asarray(0.1), memory)
     for side in ("chosen", "rejected"):
         np.testing.assert_allclose(result.metrics[f"log_ratio/{side}"], 0.0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("objective", "reference"), [(losses.beta_dpo, None), (losses.dpo, training.frozen_copy())])
+def test_a_memory_that_was_not_begun_is_asked_for(objective, reference):
+    examples = training.PreferenceExamples(draw_pairs(0), jnp.zeros((5, 2)))
+    gradients = preference_gradients(MLP, objective, reference=reference)
+    with pytest.raises(ValueError, match="this step remembers: begin with init_state"):
+        gradients(draw_params("mlp", 1, jnp.float32), examples, jnp.asarray(0.1))
