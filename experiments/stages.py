@@ -48,13 +48,13 @@ class PreferenceProgram(NamedTuple):
     Attributes:
       program: optimizer and step.
       score: jitted; params and pairs to ``[N, 2]`` log-probabilities.
-      diagnose: jitted; params, held-out examples, training examples and learning rate to mean metrics: everything
+      diagnose: jitted; params, held-out examples, training examples, learning rate and memory to mean metrics: everything
         under ``eval/``, and what the log-probabilities alone tell under ``eval_train/``.
     """
 
     program: Program
     score: Callable[[Params, PairBatch], jax.Array]
-    diagnose: Callable[[Params, PreferenceExamples, PreferenceExamples, jax.Array], dict[str, jax.Array]]
+    diagnose: Callable[[Params, PreferenceExamples, PreferenceExamples, jax.Array, Any], dict[str, jax.Array]]
 
 
 class PreferenceData(NamedTuple):
@@ -145,9 +145,9 @@ def preference_program(
     )
 
     def diagnose(
-        params: Params, eval_: PreferenceExamples, eval_train: PreferenceExamples, rate: jax.Array
+        params: Params, eval_: PreferenceExamples, eval_train: PreferenceExamples, rate: jax.Array, memory: Any
     ) -> dict[str, jax.Array]:
-        found = {"eval": held_out(params, eval_, rate), "eval_train": seen(params, eval_train, rate)}
+        found = {"eval": held_out(params, eval_, rate, memory), "eval_train": seen(params, eval_train, rate, memory)}
         return {f"{split}/{name}": v for split, m in found.items() for name, v in training.means(m).items()}
 
     return PreferenceProgram(
@@ -165,7 +165,7 @@ def _finish(
     batches: training.Batches,
     step: Callable[[TrainState, Any], Any],
     tracker: TrackerFactory,
-    evaluate: Callable[[Params], Mapping[str, jax.Array]] | None = None,
+    evaluate: Callable[[TrainState], Mapping[str, jax.Array]] | None = None,
     sources: Sequence[str] | None = None,
 ) -> Params:
     config = {**identity, "start": digest(*jax.tree.leaves(start)), "stage": dataclasses.asdict(program.stage)}
@@ -280,8 +280,8 @@ def prefer(
     stage = program.program.stage
     rate = jnp.asarray(stage.optimizer.learning_rate, jnp.float32)
 
-    def evaluate(params: Params) -> dict[str, jax.Array]:
-        return program.diagnose(params, eval_, eval_train, rate)
+    def evaluate(state: TrainState) -> dict[str, jax.Array]:
+        return program.diagnose(state.params, eval_, eval_train, rate, state.memory)
 
     stream = data.pair_batches(pairs.train, stage.batch_size, int(identity["seed"]))
     batches = training.MappedBatches(stream, lambda batch, index: PreferenceExamples(batch, by_index[index]))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from entangle.losses.hyperparameters import FlipProbability, NonNegative, Positive
 from entangle.losses.log_ratios import as_float32, exchanged, length_averages, per_token
 from entangle.losses.logistic import dpo
-from entangle.losses.objective import BatchObjective, Objective, RunningObjective, whole_batch
+from entangle.losses.objective import BatchObjective, Objective, RunningObjective, as_objective, whole_batch
 from entangle.losses.pointwise import bco_pair
 from entangle.types import PairLogProbs
 
@@ -38,7 +38,9 @@ def weighted_sum(*terms: tuple[float | jax.Array, Objective]) -> Objective:
     """
     if not terms:
         raise ValueError("a weighted sum needs terms")
-    return _of_type_of([objective for _, objective in terms], lambda lp: sum(w * o(lp) for w, o in terms))
+    return _of_type_of(
+        [objective for _, objective in terms], lambda lp: sum(w * o(lp) for w, o in terms), "weighted_sum"
+    )
 
 
 def label_smoothed(objective: Objective, label_smoothing: float | jax.Array) -> Objective:
@@ -55,7 +57,7 @@ def label_smoothed(objective: Objective, label_smoothing: float | jax.Array) -> 
       An objective without hyperparameters; a ``BatchObjective`` if the given one is.
 
     Raises:
-      ValueError: the objective has a memory.
+      ValueError: the objective has a memory, or the probability is out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,14 +67,22 @@ def label_smoothed(objective: Objective, label_smoothing: float | jax.Array) -> 
       >>> bool(losses.label_smoothed(losses.dpo, 0.1)(lp)[0] == losses.cdpo(lp, label_smoothing=0.1)[0])
       True
     """
+    _check_probability(label_smoothing, 1.0)
 
     def smoothed(lp: PairLogProbs) -> jax.Array:
         return (1.0 - label_smoothing) * objective(lp) + label_smoothing * objective(exchanged(lp))
 
-    return _of_type_of([objective], smoothed)
+    return _of_type_of([objective], smoothed, "label_smoothed")
 
 
-def _of_type_of(parts: list[Objective], function: Callable[[PairLogProbs], Any]) -> Objective:
+def _check_probability(label_smoothing: float | jax.Array, below: float) -> None:
+    if isinstance(label_smoothing, (int, float)) and not 0.0 <= label_smoothing < below:
+        raise ValueError(f"label_smoothing {label_smoothing} is not in [0, {below:g})")
+
+
+def _of_type_of(parts: list[Objective], function: Callable[[PairLogProbs], Any], name: str) -> Objective:
+    function.__name__ = name
+    parts = [as_objective(part) for part in parts]
     if any(isinstance(part, RunningObjective) for part in parts):
         raise ValueError("an objective with a memory cannot be a part of another: compose what given(memory) returns")
     if not any(isinstance(part, BatchObjective) for part in parts):
@@ -164,37 +174,39 @@ def nll_token_mean(lp: PairLogProbs) -> jax.Array:
       Array(1., dtype=float32)
     """
     lp = as_float32(lp)
-    return -lp.chosen / jnp.maximum(jnp.mean(lp.chosen_length), 1.0 / lp.chosen.size)
+    return -lp.chosen / jnp.maximum(jnp.mean(lp.chosen_length), 1.0 / max(lp.chosen.size, 1))
 
 
-def rpo(lp: PairLogProbs, beta: Positive = 0.1, nll_weight: NonNegative = 0.005) -> jax.Array:
+def rpo(lp: PairLogProbs, beta: Positive = 0.1, eta: NonNegative = 0.005) -> jax.Array:
     """Regularised preference optimisation: DPO plus the chosen response's negative log-likelihood.
 
     Formulas:
-      L = -log s(beta * h) - nll_weight * l_w
-      d_w = beta * s(-beta * h) + nll_weight
+      L = -log s(beta * h) - beta * eta * l_w
+      d_w = beta * s(-beta * h) + beta * eta
       d_l = beta * s(-beta * h)
+
+    The likelihood term weighs ``beta eta``, as in the authors' code; for another weight add ``nll`` by ``weighted_sum``.
 
     Args:
       lp: pair log-probabilities, fields ``[B]``.
       beta: inverse temperature of the implicit reward.
-      nll_weight: eta, the weight of the likelihood term.
+      eta: weight of the likelihood term, relative to beta.
 
     Returns:
       Loss per pair, ``[B]``, in nats.
 
     References:
-      Liu et al., arXiv 2405.16436.
+      Liu et al., arXiv 2405.16436, and its authors' code.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from entangle import losses
       >>> from entangle.types import PairLogProbs
       >>> lp = PairLogProbs(*(jnp.array([x]) for x in (-3.0, -3.0, -3.0, -3.0, 2.0, 2.0)))
-      >>> losses.rpo(lp, nll_weight=1.0)  # log 2 + 3
+      >>> losses.rpo(lp, beta=0.5, eta=2.0)  # log 2 + 3
       Array([3.6931472], dtype=float32)
     """
-    return dpo(lp, beta) + nll_weight * nll(lp)
+    return dpo(lp, beta) + beta * eta * nll(lp)
 
 
 def dpo_norm(lp: PairLogProbs, beta: Positive = 5.0) -> jax.Array:
@@ -228,7 +240,6 @@ def dpo_norm(lp: PairLogProbs, beta: Positive = 5.0) -> jax.Array:
     return dpo(per_token(lp), beta)
 
 
-@whole_batch
 def mpo(
     lp: PairLogProbs,
     beta: Positive = 0.1,
@@ -236,7 +247,52 @@ def mpo(
     quality_weight: NonNegative = 0.2,
     generation_weight: NonNegative = 1.0,
 ) -> jax.Array:
-    """Mixed preference optimisation: DPO, ``bco_pair`` and the token mean of the chosen responses' NLL.
+    """Mixed preference optimisation: DPO, ``bco_pair`` and the chosen response's NLL a token.
+
+    Formulas:
+      p = preference_weight
+      q = quality_weight
+      g = generation_weight / n_w
+      L = -p * log s(beta * h) - q * (log s(beta * r_w) + log s(-beta * r_l)) - g * l_w
+      d_w = beta * (p * s(-beta * h) + q * s(-beta * r_w)) + g
+      d_l = beta * (p * s(-beta * h) + q * s(beta * r_l))
+
+    Common code averages the NLL over all tokens of the batch: ``mpo_token_mean``. BCO's reward shift is left out, as there.
+
+    Args:
+      lp: pair log-probabilities fields ``[B]``.
+      beta: inverse temperature of the implicit reward.
+      preference_weight: of DPO.
+      quality_weight: of ``bco_pair``, which tells good responses from bad ones.
+      generation_weight: of the NLL.
+
+    Returns:
+      Loss per pair, ``[B]``.
+
+    References:
+      Wang et al., arXiv 2411.10442.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle import losses
+      >>> from entangle.types import PairLogProbs
+      >>> lp = PairLogProbs(*(jnp.array([x]) for x in (-4.0, -4.0, -4.0, -4.0, 2.0, 2.0)))
+      >>> losses.mpo(lp).round(4)  # (0.8 + 2 * 0.2) log 2 + 4 / 2
+      Array([2.8318], dtype=float32)
+    """
+    mixed = preference_weight * dpo(lp, beta) + quality_weight * bco_pair(lp, beta)
+    return mixed + generation_weight * nll_averaged(lp)
+
+
+@whole_batch
+def mpo_token_mean(
+    lp: PairLogProbs,
+    beta: Positive = 0.1,
+    preference_weight: NonNegative = 0.8,
+    quality_weight: NonNegative = 0.2,
+    generation_weight: NonNegative = 1.0,
+) -> jax.Array:
+    """Mixed preference optimisation as common code has it: the NLL is averaged over all chosen tokens of the batch.
 
     Formulas:
       p = preference_weight
@@ -246,7 +302,7 @@ def mpo(
       d_w = beta * (p * s(-beta * h) + q * s(-beta * r_w)) + g
       d_l = beta * (p * s(-beta * h) + q * s(beta * r_l))
 
-    It looks at the whole batch, whose tokens the NLL counts.
+    It looks at the whole batch, whose tokens the NLL counts. The paper averages each response by itself: ``mpo``.
 
     Args:
       lp: pair log-probabilities of the whole (global) batch, fields ``[B]``.
@@ -266,11 +322,11 @@ def mpo(
       >>> from entangle import losses
       >>> from entangle.types import PairLogProbs
       >>> lp = PairLogProbs(*(jnp.array([x]) for x in (-4.0, -4.0, -4.0, -4.0, 2.0, 2.0)))
-      >>> losses.mpo(lp).round(4)  # (0.8 + 2 * 0.2) log 2 + 4 / 2
+      >>> losses.mpo_token_mean(lp).round(4)  # (0.8 + 2 * 0.2) log 2 + 4 / 2
       Array([2.8318], dtype=float32)
     """
-    preference = preference_weight * dpo(lp, beta) + quality_weight * bco_pair(lp, beta)
-    return preference + generation_weight * nll_token_mean(lp)
+    mixed = preference_weight * dpo(lp, beta) + quality_weight * bco_pair(lp, beta)
+    return mixed + generation_weight * nll_token_mean(lp)
 
 
 def robust(objective: Objective, label_smoothing: FlipProbability) -> Objective:
@@ -284,7 +340,7 @@ def robust(objective: Objective, label_smoothing: FlipProbability) -> Objective:
       An objective without hyperparameters; a ``BatchObjective`` if the given one is.
 
     Raises:
-      ValueError: the objective has a memory.
+      ValueError: the objective has a memory, or the probability is out of range.
 
     References:
       Chowdhury et al., arXiv 2403.00409.
@@ -297,7 +353,8 @@ def robust(objective: Objective, label_smoothing: FlipProbability) -> Objective:
       >>> abs(losses.robust(losses.dpo, 0.1)(lp) - losses.robust_dpo(lp, label_smoothing=0.1)).max() < 1e-6
       Array(True, dtype=bool)
     """
+    _check_probability(label_smoothing, 0.5)
     scale = 1.0 / (1.0 - 2.0 * label_smoothing)
     flipped = lambda lp: objective(exchanged(lp))  # noqa: E731
     terms = ((1.0 - label_smoothing) * scale, objective), (-label_smoothing * scale, flipped)
-    return _of_type_of([objective], lambda lp: sum(w * o(lp) for w, o in terms))
+    return _of_type_of([objective], lambda lp: sum(w * o(lp) for w, o in terms), "robust")

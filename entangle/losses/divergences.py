@@ -78,7 +78,8 @@ def f_dpo_forward_kl(lp: PairLogProbs, beta: Positive = 0.1) -> jax.Array:
       d_l = beta * s(-x) * exp(q_l) * 1[q_l < 80]
 
     Exponents are held at 80, where float32 ends; a response beyond it has coefficient 0. Below, the coefficients stand as
-    ``pi_l / pi_w`` relative to the reference: the response that fell more is pulled more.
+    ``pi_l / pi_w`` relative to the reference: the response that fell more is pulled more, so much that norms of gradients
+    overflow in float32 long before.
 
     Args:
       lp: pair log-probabilities, fields ``[B]``.
@@ -143,12 +144,13 @@ def f_dpo_alpha(lp: PairLogProbs, beta: Positive = 0.1, alpha: Real = 0.5) -> ja
       d_w = beta * s(-x) * exp(q_w) * 1[q_w < 80]
       d_l = beta * s(-x) * exp(q_l) * 1[q_l < 80]
 
+    The paper's table, and older code, call ``1 - alpha`` what is alpha here, which is what common libraries take now.
     Exponents are held at 80, where float32 ends; a response beyond it has coefficient 0.
 
     Args:
       lp: pair log-probabilities, fields ``[B]``.
       beta: inverse temperature.
-      alpha: of the divergence; older code of common libraries takes ``1 - alpha``.
+      alpha: of the divergence.
 
     Returns:
       Loss per pair, ``[B]``, in nats.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, NamedTuple
 
 from entangle.errors import UserError
@@ -63,11 +63,18 @@ def ranges(function: Callable[..., Any]) -> dict[str, Range]:
     function = inspect.unwrap(function)
     while hasattr(function, "func"):
         function = inspect.unwrap(function.func)
-    hints = typing.get_type_hints(function, include_extras=True)
-    found = {
-        name: [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)] for name, hint in hints.items()
-    }
-    return {name: marks[0] for name, marks in found.items() if marks}
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except (NameError, TypeError, AttributeError):  # a user's annotations need not be there when it runs
+        return {}
+    marks = {name: list(_marks(hint)) for name, hint in hints.items()}
+    return {name: found[0] for name, found in marks.items() if found}
+
+
+def _marks(hint: Any) -> Iterator[Range]:
+    yield from (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Range))
+    for part in typing.get_args(hint):
+        yield from _marks(part)
 
 
 def check_ranges(name: str, function: Callable[..., Any], values: Mapping[str, Any]) -> None:
@@ -85,5 +92,13 @@ def check_ranges(name: str, function: Callable[..., Any], values: Mapping[str, A
         if parameter not in values:
             continue
         value = values[parameter]
-        if not isinstance(value, (int, float)) or not range_.holds(float(value)):
+        if getattr(value, "ndim", 0):
+            continue  # one value a pair
+        if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
+            raise UserError(f"objective {name!r}: {parameter} {value!r} is no number")
+        try:
+            inside = range_.holds(float(value))
+        except OverflowError:
+            inside = False
+        if not inside:
             raise UserError(f"objective {name!r}: {parameter} {value} is not in {range_}")

@@ -42,7 +42,7 @@ def init_mask(width: int, bias: float = 2.0) -> MaskParams:
       >>> losses.init_mask(3).weight.tolist()
       [0.0, 0.0, 0.0]
     """
-    return MaskParams(jnp.zeros(width), jnp.asarray(bias, jnp.float32))
+    return MaskParams(jnp.zeros(width, jnp.float32), jnp.asarray(bias, jnp.float32))
 
 
 def token_masks(params: MaskParams, hidden: jax.Array) -> jax.Array:
@@ -53,7 +53,7 @@ def token_masks(params: MaskParams, hidden: jax.Array) -> jax.Array:
       hidden: ``[..., T, D]``, at the tokens themselves; constants for the gradient.
 
     Returns:
-      ``[..., T]`` in (0, 1), float32.
+      ``[..., T]`` in (0, 1), in at least float32.
 
     References:
       Yuan et al., arXiv 2410.13828, section 5.2; Christopoulou et al., arXiv 2410.05102 (SparsePO).
@@ -64,8 +64,9 @@ def token_masks(params: MaskParams, hidden: jax.Array) -> jax.Array:
       >>> losses.token_masks(losses.init_mask(3, bias=0.0), jnp.ones((2, 5, 3))).shape
       (2, 5)
     """
-    fixed = jax.lax.stop_gradient(hidden).astype(params.weight.dtype)
-    return jax.nn.sigmoid(jnp.einsum("...d,d->...", fixed, params.weight) + params.bias)
+    weight = at_least_float32(params.weight)
+    fixed = jax.lax.stop_gradient(hidden).astype(weight.dtype)
+    return jax.nn.sigmoid(jnp.einsum("...d,d->...", fixed, weight) + params.bias.astype(weight.dtype))
 
 
 def oracle_masks(batch: PairBatch) -> jax.Array:

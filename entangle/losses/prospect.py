@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from entangle.losses.hyperparameters import NonNegative, Positive
 from entangle.losses.log_ratios import log_ratios
-from entangle.losses.objective import running, whole_batch
+from entangle.losses.objective import on_whole_batch, running, whole_batch
 from entangle.types import PairLogProbs
 
 
@@ -25,6 +25,9 @@ def kto_reference_point(lp: PairLogProbs) -> jax.Array:
     Returns:
       A scalar, in nats, non-negative.
 
+    Raises:
+      ValueError: inside ``jax.shard_map``, where a device has a part of the batch.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from entangle import losses
@@ -32,6 +35,10 @@ def kto_reference_point(lp: PairLogProbs) -> jax.Array:
       >>> losses.kto_reference_point(PairLogProbs(*(jnp.array([x]) for x in (-3.0, -3.5, -4.0, -4.0, 2.0, 2.0))))
       Array(0.75, dtype=float32)
     """
+    return on_whole_batch(lp, _reference_point, "kto_reference_point", by_pair=False)
+
+
+def _reference_point(lp: PairLogProbs) -> jax.Array:
     r_w, r_l = log_ratios(lp)
     return jax.lax.stop_gradient(jnp.maximum(0.0, (jnp.mean(r_w) + jnp.mean(r_l)) / 2.0))
 
@@ -63,7 +70,7 @@ def kto(
       Loss per pair, ``[B]``.
 
     References:
-      Ethayarajh et al., arXiv 2402.01306, equation 7; paired as in arXiv 2410.13828.
+      Ethayarajh et al., arXiv 2402.01306; paired as in arXiv 2410.13828.
 
     Example:
       >>> import jax.numpy as jnp
@@ -73,7 +80,7 @@ def kto(
       Array([1.], dtype=float32)
     """
     r_w, r_l = log_ratios(lp)
-    z = kto_reference_point(lp)
+    z = _reference_point(lp)
     return desirable * jax.nn.sigmoid(-beta * (r_w - z)) + undesirable * jax.nn.sigmoid(-beta * (z - r_l))
 
 

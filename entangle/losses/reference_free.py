@@ -119,7 +119,7 @@ def alphapo(lp: PairLogProbs, beta: Positive = 2.5, gamma: Real = 0.1, alpha: Re
 
 
 def expm1_over(x: jax.Array, rate: float | jax.Array) -> jax.Array:
-    """``(exp(rate x) - 1) / rate``, and x at a rate of 0; exponents are held at 80.
+    """``(exp(rate x) - 1) / rate``, and x at a rate of 0, with its derivatives there; exponents are held at 80.
 
     Example:
       >>> import jax.numpy as jnp
@@ -129,7 +129,7 @@ def expm1_over(x: jax.Array, rate: float | jax.Array) -> jax.Array:
     """
     rate = jnp.asarray(rate, x.dtype)
     divisor = jnp.where(rate == 0, 1, rate)
-    return jnp.where(rate == 0, x, jnp.expm1(clipped(divisor * x, 80.0)) / divisor)
+    return jnp.where(rate == 0, x + rate * x * x / 2, jnp.expm1(clipped(divisor * x, 80.0)) / divisor)
 
 
 def orpo(lp: PairLogProbs, odds_weight: NonNegative = 0.1) -> jax.Array:

@@ -25,7 +25,7 @@ from entangle.losses import (
 )
 from entangle.losses.coefficients import loss_and_coefficients
 from entangle.losses.hyperparameters import check_ranges
-from entangle.losses.objective import Objective, name_of, with_hyperparameters
+from entangle.losses.objective import Objective, as_objective, name_of, with_hyperparameters
 from entangle.losses.tokens import TokenObjective
 from entangle.types import PairLogProbs
 
@@ -42,6 +42,7 @@ _FAMILY: tuple[Objective, ...] = (
     compositions.dpo_norm,
     compositions.rpo,
     compositions.mpo,
+    compositions.mpo_token_mean,
     divergences.f_dpo_forward_kl,
     divergences.f_dpo_jensen_shannon,
     divergences.f_dpo_alpha,
@@ -88,7 +89,7 @@ PAPER_OBJECTIVES = ("dpo", "r_dpo", "simpo", "ipo", "rrhf", "slic_hf", "cpo", "d
 """Names of the objectives studied in arXiv 2410.13828."""
 
 
-def get_objective(name: str, **hyperparameters: Any) -> Objective:
+def get_objective(name: str, /, **hyperparameters: Any) -> Objective:
     """Look an objective up by name and fix its hyperparameters.
 
     Args:
@@ -108,17 +109,22 @@ def get_objective(name: str, **hyperparameters: Any) -> Objective:
       Traceback (most recent call last):
       entangle.errors.UserError: unknown objective 'dppo': choose one of alphapo, amapo, aot, ...
     """
-    if name in TOKEN_OBJECTIVES:
+    if not isinstance(name, str):
+        raise UserError(f"an objective is looked up by its name, not by {name!r}")
+    objective = _imported(name) if ":" in name else OBJECTIVES.get(name)
+    if name in TOKEN_OBJECTIVES or any(objective is o for o in TOKEN_OBJECTIVES.values()):
         raise UserError(
             f"objective {name!r} takes log-probabilities of tokens, and here those of responses are needed: "
             "training.row_gradients trains with it"
         )
-    objective = _imported(name) if ":" in name else OBJECTIVES.get(name)
     if objective is None:
         raise UserError(
             f"unknown objective {name!r}: choose one of {', '.join(sorted(OBJECTIVES))}, or module:function for your own"
         )
-    parameters = list(inspect.signature(objective).parameters.values())[1:]
+    try:
+        parameters = list(inspect.signature(objective).parameters.values())[1:]
+    except (TypeError, ValueError):
+        raise UserError(f"objective {name!r}: it has no signature that can be read") from None
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
     known = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
     unknown = [] if takes_any else sorted(set(hyperparameters) - set(known))
@@ -150,34 +156,44 @@ def objective_source(name: str) -> str | None:
     """
     if ":" not in name:
         return None
-    module = inspect.getmodule(inspect.unwrap(_imported(name))) or importlib.import_module(name.partition(":")[0])
+    function = _imported(name)
+    modules = [importlib.import_module(name.partition(":")[0]), inspect.getmodule(function)]
+    return "\n".join(_text(module) for module in modules if module is not None)
+
+
+def _text(module: Any) -> str:
     try:
         return inspect.getsource(module)
-    except OSError:
-        return ""  # typed in by hand: there is no text
+    except (OSError, TypeError):
+        return ""  # typed in by hand, or built in: there is no text
 
 
 def _imported(name: str) -> Objective:
-    module, _, attribute = name.partition(":")
+    module_name, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"objective {name!r}: module {module!r} cannot be imported: {error}") from None
-    except AttributeError:
-        raise UserError(f"objective {name!r}: module {module!r} has no {attribute!r}") from None
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever a module of somebody else's does when it is run
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"objective {name!r}: module {module_name!r} cannot be imported: {reason}") from None
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise UserError(f"objective {name!r}: module {module_name!r} has no {attribute!r}")
     if not callable(found):
         raise UserError(f"objective {name!r}: it is no function, but {type(found).__name__}")
-    return found
+    return as_objective(found)
 
 
 def _try(name: str, objective: Objective, values: Mapping[str, Any]) -> None:
-    """Take it once on two ordinary pairs."""
+    """Take it once on two ordinary pairs; where a value is given for each of other pairs there is nothing to take it on."""
+    if any(getattr(value, "ndim", 0) for value in values.values()):
+        return
     fields = (-20.0, -30.0), (-25.0, -24.0), (-22.0, -28.0), (-23.0, -26.0), (8.0, 10.0), (9.0, 7.0)
     try:
         loss, d = loss_and_coefficients(objective, PairLogProbs(*(jnp.array(field) for field in fields)))
     except ZeroDivisionError:
         raise UserError(f"objective {name!r}: {dict(values)} divides by zero") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"objective {name!r}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # an objective of somebody else's may do anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"objective {name!r}: on two ordinary pairs: {reason}") from None
     if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves((loss, d))):
         raise UserError(f"objective {name!r}: at {dict(values)} the loss of an ordinary pair is not finite")

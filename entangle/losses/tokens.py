@@ -98,7 +98,8 @@ def summed(tokens: PairTokenLogProbs, weights: float | jax.Array = 1.0) -> PairL
     """
     tokens = _as_float32(tokens)
     weights = jnp.asarray(weights, tokens.log_probs.dtype)
-    policy, reference = (_over_completion(x * weights, tokens) for x in (tokens.log_probs, tokens.ref_log_probs))
+    inside = [jnp.where(tokens.completion_mask, x, 0.0) for x in (tokens.log_probs, tokens.ref_log_probs)]
+    policy, reference = (_over_completion(x * weights, tokens) for x in inside)
     lengths = jnp.sum(tokens.completion_mask, axis=-1, dtype=jnp.int32)
     return PairLogProbs(*(x[:, side] for x in (policy, reference, lengths) for side in (0, 1)))
 
@@ -159,7 +160,8 @@ def ld_weights(completion_mask: jax.Array, alpha: float | jax.Array) -> jax.Arra
 def wpo_weights(tokens: PairTokenLogProbs) -> jax.Array:
     """How likely the policy itself would write a pair: the product of both responses' weights, a constant for the gradient.
 
-    A response's weight is ``exp(mean_t (log pi_t - log sum_v pi_t(v)^2))``, which is 1 on average for its own samples.
+    A response's weight is ``exp(mean_t (log pi_t - log sum_v pi_t(v)^2))``: 1 where all tokens are as likely as the policy's
+    own samples are on average.
 
     Args:
       tokens: per-token log-probabilities and ``log_sum_squares``, fields ``[B, 2, T]``.
@@ -168,7 +170,7 @@ def wpo_weights(tokens: PairTokenLogProbs) -> jax.Array:
       ``[B]``, positive, not clipped; an empty completion has weight 1.
 
     References:
-      Zhou et al., arXiv 2406.11827, equation 2.
+      Zhou et al., arXiv 2406.11827.
 
     Example:
       >>> import jax.numpy as jnp
@@ -204,7 +206,7 @@ def wpo(tokens: PairTokenLogProbs, beta: Positive = 0.01) -> jax.Array:
       Loss per pair, ``[B]``, in nats.
 
     References:
-      Zhou et al., arXiv 2406.11827, equation 2.
+      Zhou et al., arXiv 2406.11827.
 
     Example:
       >>> import jax.numpy as jnp

@@ -30,6 +30,8 @@ class UnpairedLogProbs(NamedTuple):
 
 
 def _log_ratio(examples: UnpairedLogProbs) -> jax.Array:
+    if jnp.asarray(examples.desirable).dtype != bool:
+        raise ValueError(f"desirable has to be bool, not {jnp.asarray(examples.desirable).dtype}")
     return at_least_float32(examples.policy) - at_least_float32(examples.reference)
 
 
@@ -58,8 +60,11 @@ def kto_unpaired(
     Returns:
       Loss per response, ``[N]``.
 
+    Raises:
+      ValueError: ``desirable`` is not bool.
+
     References:
-      Ethayarajh et al., arXiv 2402.01306, equation 7.
+      Ethayarajh et al., arXiv 2402.01306.
 
     Example:
       >>> import jax.numpy as jnp

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from entangle.models.decoder import at_least_float32
 from entangle.types import PairBatch, PairTokenLogProbs, Params
 
 
@@ -22,7 +23,7 @@ def token_statistics(
 
     Returns:
       A function of the policy's parameters, the reference's and a batch of leaves ``[B, R, T]`` to PairTokenLogProbs of
-      fields ``[B, R, T]``; position 0, which nothing predicts, holds zeros.
+      fields ``[B, R, T]``, in at least float32; position 0, which nothing predicts, holds zeros.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -38,11 +39,19 @@ def token_statistics(
     """
 
     def statistics(params: Params, reference: Params, batch: PairBatch) -> PairTokenLogProbs:
-        policy, ref = (jax.nn.log_softmax(logits_fn(p, batch.tokens)[..., :-1, :]) for p in (params, reference))
+        policy, ref = (_log_softmax(logits_fn(p, batch.tokens)[..., :-1, :]) for p in (params, reference))
         taken = [jnp.take_along_axis(x, batch.tokens[..., 1:, None], axis=-1)[..., 0] for x in (policy, ref)]
-        kl = jnp.sum(jnp.exp(ref) * (ref - policy), axis=-1)
+        # what the reference never says adds nothing, also where neither does (a padded vocabulary)
+        said = ref > -jnp.inf
+        kl = jnp.sum(
+            jnp.where(said, jnp.exp(ref) * (jnp.where(said, ref, 0.0) - jnp.where(said, policy, 0.0)), 0.0), axis=-1
+        )
         later = (*taken, jax.nn.logsumexp(2.0 * policy, axis=-1), kl)
         chosen, reference_, squares, divergence = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(1, 0)]) for x in later)
         return PairTokenLogProbs(chosen, reference_, batch.completion_mask, squares, divergence)
 
     return statistics
+
+
+def _log_softmax(logits: jax.Array) -> jax.Array:
+    return jax.nn.log_softmax(logits.astype(at_least_float32(logits.dtype)))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from entangle import geometry, losses
-from entangle.losses import Objective
-from entangle.training.gradients import PairRule, PreferenceExamples, pair_log_probs, reward_scale
+from entangle.losses import Objective, RunningObjective
+from entangle.losses.objective import as_objective
+from entangle.training.gradients import PairRule, PreferenceExamples, begun, pair_log_probs, reward_scale
 from entangle.training.metrics import Metrics, geometry_metrics, likelihood_metrics
 from entangle.types import LogProbFn, PairBatch, Params
 
@@ -48,13 +50,12 @@ def pair_diagnostics(
     with_geometry: bool = True,
     pair_rule: PairRule | None = None,
     batch_size: int = 8,
-) -> Callable[[Params, PreferenceExamples, jax.Array], Metrics]:
+) -> Callable[..., Metrics]:
     """Everything that is logged about a batch, for every pair of a set: log-probabilities, rewards, geometry, cases.
 
     Args:
       log_prob_fn: the policy.
-      objective: whose coefficients are taken; one that looks at the whole batch sees all N pairs, and one with a memory is
-        taken as at its first step.
+      objective: whose coefficients are taken; one that looks at the whole batch sees all N pairs.
       with_geometry: look at the gradients too: one backward, without any gradient of the parameters' size.
       pair_rule: per-pair rule on the coefficients, as in ``preference_gradients``: ``coefficient/...`` are before it,
         ``predicted/...`` and ``case/...`` after it.
@@ -62,8 +63,8 @@ def pair_diagnostics(
         policy that is its own reference has log-ratios of exactly 0.
 
     Returns:
-      A function of params, N examples and the learning rate of the predictions to name -> ``[N]`` arrays, under the
-      names of ``training.metrics``.
+      A function of params, N examples, the learning rate of the predictions and, for an objective that remembers, the
+      state's memory, to name -> ``[N]`` arrays, under the names of ``training.metrics``. The memory is not updated.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,11 +78,15 @@ def pair_diagnostics(
       >>> pair_diagnostics(unigram, losses.dpo)(jnp.array([0.0, -1.0, -2.0]), examples, jnp.array(0.1))["margin"].tolist()
       [1.0]
     """
-    scale = reward_scale(objective)
+    objective, scale = as_objective(objective), reward_scale(objective)
 
-    def diagnostics(params: Params, examples: PreferenceExamples, learning_rate: jax.Array) -> Metrics:
+    def diagnostics(
+        params: Params, examples: PreferenceExamples, learning_rate: jax.Array, memory: Any = ()
+    ) -> Metrics:
         lp = pair_log_probs(score_pairs(log_prob_fn, params, examples.pairs, batch_size), examples)
-        loss, d = losses.loss_and_coefficients(objective, lp)
+        now = objective.given(begun(memory).objective) if isinstance(objective, RunningObjective) else objective
+        with losses.memory_needed():
+            loss, d = losses.loss_and_coefficients(now, lp)
         metrics = likelihood_metrics(lp, loss, d, scale)
         if with_geometry:
             s = geometry.pair_geometry(log_prob_fn, params, examples.pairs, batch_size=batch_size)

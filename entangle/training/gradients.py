@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from entangle import geometry, losses, transforms
 from entangle.losses import Coefficients, Objective, RunningObjective
+from entangle.losses.objective import as_objective
 from entangle.training.metrics import Metrics, geometry_metrics, likelihood_metrics
 from entangle.training.references import Reference
 from entangle.types import LogProbFn, PairBatch, PairGeometry, PairLogProbs, Params
@@ -102,6 +103,7 @@ def preference_memory(
       >>> training.preference_memory(losses.beta_dpo, jnp.zeros(2)).objective.mean.tolist()
       0.0
     """
+    objective = as_objective(objective)
     return PreferenceMemory(
         objective.init() if isinstance(objective, RunningObjective) else (),
         () if reference is None else reference.init(params),
@@ -139,7 +141,10 @@ def updated_reference(reference: Reference, memory: Any, params: Params) -> tupl
 
 
 def pair_log_probs(log_probs: jax.Array, examples: PreferenceExamples) -> PairLogProbs:
-    """Name the columns of ``[B, 2]`` log-probabilities; without a reference its log-probabilities are zeros.
+    """Name the columns of ``[B, 2]`` log-probabilities.
+
+    Raises:
+      ValueError: the reference's are not there.
 
     Example:
       >>> import jax.numpy as jnp
@@ -150,7 +155,12 @@ def pair_log_probs(log_probs: jax.Array, examples: PreferenceExamples) -> PairLo
       Array([2], dtype=int32)
     """
     lengths = jnp.sum(examples.pairs.completion_mask, axis=-1, dtype=jnp.int32)
-    reference = jnp.zeros_like(log_probs) if examples.reference is None else examples.reference
+    if examples.reference is None:
+        raise ValueError(
+            "no reference log-probabilities: give PreferenceExamples.reference (zeros, if the objective needs none), or "
+            "preference_gradients(..., reference=training.frozen_copy())"
+        )
+    reference = examples.reference
     return PairLogProbs(
         log_probs[:, 0],
         log_probs[:, 1],
@@ -171,7 +181,7 @@ def reward_scale(objective: Objective) -> float:
       (0.3, 1.0)
     """
     parameter = inspect.signature(objective).parameters.get("beta")
-    return 1.0 if parameter is None or parameter.default is inspect.Parameter.empty else float(parameter.default)
+    return float(parameter.default) if parameter and isinstance(parameter.default, (int, float)) else 1.0
 
 
 def likelihood_gradients(token_log_probs_fn: Callable[[Params, jax.Array], jax.Array]) -> GradientFn:
@@ -245,7 +255,7 @@ def preference_gradients(
     """
     if pair_rule is not None and not with_geometry:
         raise ValueError("a per-pair rule needs the geometry of every pair: set with_geometry=True")
-    scale = reward_scale(objective)
+    objective, scale = as_objective(objective), reward_scale(objective)
     vjp: Any = functools.partial(geometry.vjp_with_geometry, apart=True) if with_geometry else geometry.pair_vjp
 
     def gradients(
@@ -261,7 +271,8 @@ def preference_gradients(
             memory = begun(memory)
             memory = memory._replace(objective=objective.update(memory.objective, lp))
             now = objective.given(memory.objective)
-        loss, d = losses.loss_and_coefficients(now, lp)
+        with losses.memory_needed():
+            loss, d = losses.loss_and_coefficients(now, lp)
         metrics = likelihood_metrics(lp, loss, d, scale)
         if with_geometry:
             if pair_rule is not None:

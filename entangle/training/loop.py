@@ -93,7 +93,7 @@ def train(
     batches: Batches,
     stage: StageConfig,
     *,
-    evaluate: Callable[[Params], Mapping[str, jax.Array]] | None = None,
+    evaluate: Callable[[TrainState], Mapping[str, jax.Array]] | None = None,
     tracker: Callable[[], Tracker] = NoTracker,
     label: str = "",
     sources: Sequence[str] | None = None,
@@ -109,7 +109,7 @@ def train(
       step_fn: the jitted step.
       batches: stream of (batch, example indices), as it is before the first step: a new one for every call.
       stage: how long, how often.
-      evaluate: parameters to metrics (scalars); logged as they are named, ``eval/...`` by custom.
+      evaluate: state to metrics (scalars); logged as they are named, ``eval/...`` by custom.
       tracker: makes the mirror of the metrics, once the folder is this process's own; closed at the end.
       label: what the progress bar says.
       sources: where each example came from, by index, e.g. "train.jsonl:17"; errors then say so.
@@ -162,7 +162,7 @@ def _steps(
     step_fn: StepFn,
     batches: Batches,
     stage: StageConfig,
-    evaluate: Callable[[Params], Mapping[str, jax.Array]] | None,
+    evaluate: Callable[[TrainState], Mapping[str, jax.Array]] | None,
     recorder: _Recorder,
     label: str,
 ) -> TrainState:
@@ -173,7 +173,7 @@ def _steps(
 
     def look(step: int) -> None:
         if evaluate is not None and due(step, stage.eval_every):
-            found = _scalars(evaluate(state.params))
+            found = _scalars(evaluate(state))
             if bad := [name for name, value in found.items() if not math.isfinite(value)]:
                 good = _last_good(recorder.checkpoints)
                 raise NonFiniteError(f"step {step}: {', '.join(bad[:3])} not finite in the evaluation; {good}")

@@ -70,7 +70,7 @@ def moving_reference(rate: float = 0.6, every: int = 512) -> Reference:
       ValueError: the rate is outside of (0, 1], or every is below 1.
 
     References:
-      Gorbatovski et al., arXiv 2404.09656, equation 6 and 7; values of its experiments.
+      Gorbatovski et al., arXiv 2404.09656; values of its experiments.
 
     Example:
       >>> import jax.numpy as jnp

@@ -26,7 +26,26 @@ def extreme():
     return PairLogProbs(*grid, *np.where(empty, 0.0, np.array([[3.0], [500.0]])))
 
 
-BATCHES = {"rising": drawn(5.0), "falling": drawn(-5.0), "apart": drawn(40.0, -40.0), "extreme": extreme()}
+def kinks():
+    """Numbers on which hinges are just met, penalties just due, targets reached: all sums are exact in binary."""
+    grid = np.array(
+        np.meshgrid(
+            [0.0, -2.5, -5.0, -10.0, -50.0, -80.0],
+            [0.0, -2.5, -5.0, -10.0, -50.0, -80.0],
+            [0.0, -2.5, -10.0],
+            [0.0, -2.5, -10.0],
+        )
+    )
+    return PairLogProbs(*grid.reshape(4, -1), np.ones(COUNT), np.full(COUNT, 2.0))
+
+
+BATCHES = {
+    "rising": drawn(5.0),
+    "falling": drawn(-5.0),
+    "apart": drawn(40.0, -40.0),
+    "extreme": extreme(),
+    "kinks": kinks(),
+}
 
 
 def as_jax(lp, dtype):

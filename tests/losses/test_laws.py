@@ -88,9 +88,13 @@ FALL_TOGETHER = {
         lambda lp: losses.dpo(losses.per_token(losses.per_token(lp))),
         lambda lp: losses.dpo(losses.per_token(lp)),
     ),
-    "RPO is a weighted sum": (losses.rpo, losses.weighted_sum((1.0, losses.dpo), (0.005, losses.nll))),
+    "RPO is a weighted sum": (losses.rpo, losses.weighted_sum((1.0, losses.dpo), (0.1 * 0.005, losses.nll))),
     "MPO is a weighted sum": (
         losses.mpo,
+        losses.weighted_sum((0.8, losses.dpo), (0.2, at(losses.bco_pair, beta=0.1)), (1.0, losses.nll_averaged)),
+    ),
+    "MPO of common code is a weighted sum": (
+        losses.mpo_token_mean,
         losses.weighted_sum((0.8, losses.dpo), (0.2, at(losses.bco_pair, beta=0.1)), (1.0, losses.nll_token_mean)),
     ),
     "CPO has its NLL": (losses.cpo, losses.weighted_sum((1.0, at(losses.cpo, nll_weight=0.0)), (1.0, losses.nll))),

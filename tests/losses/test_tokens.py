@@ -255,6 +255,12 @@ def test_a_pair_is_a_desirable_and_an_undesirable_response():
         np.testing.assert_allclose(paired, single(sides[0]) + single(sides[1]), rtol=1e-12)
 
 
+def test_labels_that_are_not_bool_are_refused():
+    examples = losses.UnpairedLogProbs(jnp.array([-3.0]), jnp.array([-4.0]), jnp.array([-1]))
+    with pytest.raises(ValueError, match="desirable has to be bool, not int32"):
+        losses.kto_unpaired(examples, 0.0)
+
+
 def test_points_of_reference_carry_no_gradient():
     examples = losses.UnpairedLogProbs(jnp.array([-3.0]), jnp.array([-4.0]), jnp.array([True]))
     assert float(jax.grad(lambda z: jnp.sum(losses.kto_unpaired(examples, z)))(1.0)) == 0.0

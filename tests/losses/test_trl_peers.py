@@ -113,12 +113,12 @@ MIXTURES = {
     "mpo": (
         ("sigmoid", "bco_pair", "sft"),
         {"beta": 0.3, "loss_weights": [0.8, 0.2, 1.0]},
-        at(losses.mpo, beta=0.3),
+        at(losses.mpo_token_mean, beta=0.3),
     ),
     "mpo of other weights": (
         ("sigmoid", "bco_pair", "sft"),
         {"beta": 0.3, "loss_weights": [0.5, 0.7, 0.1]},
-        at(losses.mpo, beta=0.3, preference_weight=0.5, quality_weight=0.7, generation_weight=0.1),
+        at(losses.mpo_token_mean, beta=0.3, preference_weight=0.5, quality_weight=0.7, generation_weight=0.1),
     ),
     "weighted sum": (
         ("hinge", "aot", "sigmoid_norm"),

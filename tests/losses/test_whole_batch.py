@@ -1,5 +1,7 @@
 """Objectives that look at the whole batch say so in their type, and are the same on one device and on eight."""
 
+import functools
+import inspect
 import json
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from entangle.types import PairLogProbs
 from tests.losses.batches import BATCHES, as_jax
 
 ROOT = Path(__file__).parents[2]
-WHOLE = {"kto", "aot", "aot_unpaired", "amapo", "nll_token_mean", "mpo", "bco_pair_shifted", "beta_dpo"}
+WHOLE = {"kto", "aot", "aot_unpaired", "amapo", "nll_token_mean", "mpo_token_mean", "bco_pair_shifted", "beta_dpo"}
 RUNNING = {"bco_pair_shifted", "beta_dpo"}
 
 
@@ -50,6 +52,41 @@ def test_values_and_coefficients_are_the_same_on_eight_devices(found, how):
 
 def test_losses_lie_as_the_pairs_do(found):
     assert [case["spec"] for case in found.values()] == [["data"]] * len(found)
+
+
+def test_a_memory_is_that_of_the_whole_batch_on_every_device(found):
+    for name in RUNNING:
+        assert found[name]["memory"] < 1e-12 and found[name]["given"] < 1e-12
+        assert found[name]["update refused"].startswith(f"{name} looks at the whole batch")
+    assert found["kto"]["point refused"].startswith("kto_reference_point looks at the whole batch")
+
+
+def test_arrays_that_are_not_on_the_mesh_and_batches_that_are_whole_are_taken_as_they_are(found):
+    assert {name: case["off mesh"] for name, case in found.items() if not case["off mesh"] < 1e-12} == {}
+    assert {name: case["whole"] for name, case in found.items() if not case["whole"] < 1e-12} == {}
+
+
+@pytest.mark.parametrize("name", sorted(RUNNING))
+def test_users_wiring_of_a_memory(name):
+    """Defaults of the update alone, any name for the memory, signatures, and a scan in another precision."""
+    objective = losses.OBJECTIVES[name]
+    assert "memory" not in inspect.signature(objective.given(objective.init())).parameters
+
+    @losses.running(lambda: jnp.zeros(()), lambda state, lp, rate=0.5, **_: rate * state + jnp.mean(lp.chosen))
+    def mine(lp, state, beta=0.1):
+        return beta * (lp.rejected - lp.chosen) + state
+
+    lp = as_jax(BATCHES["rising"], jnp.float32)
+    assert list(inspect.signature(mine).parameters) == ["lp", "beta"]
+    state = mine.update(mine.update(mine.init(), lp), lp)
+    np.testing.assert_allclose(state, 1.5 * jnp.mean(lp.chosen), rtol=1e-6)
+    np.testing.assert_allclose(mine.given(state)(lp, 0.2), 0.2 * (lp.rejected - lp.chosen) + state, rtol=1e-6)
+    with jax.enable_x64(True):
+        wide = objective.init()
+        memory, _ = jax.lax.scan(lambda m, x: (objective.update(m, x), 0), wide, jax.tree.map(lambda x: x[None], lp))
+        assert all(jnp.isfinite(leaf) for leaf in jax.tree.leaves(memory))
+    empty = PairLogProbs(*(field[:0] for field in lp))
+    assert objective.update(wide, empty) is wide
 
 
 def test_a_part_of_the_batch_is_refused_by_those_that_need_it_all(found):
@@ -115,7 +152,12 @@ def test_what_is_made_of_an_objective_of_the_batch_is_one(make):
 
 
 def test_a_memory_is_not_lost_in_a_sum():
-    with pytest.raises(ValueError, match="an objective with a memory cannot be a part of another"):
-        losses.weighted_sum((1.0, losses.bco_pair_shifted))
+    for part in (losses.bco_pair_shifted, functools.partial(losses.bco_pair_shifted, beta=0.1)):
+        with pytest.raises(ValueError, match="an objective with a memory cannot be a part of another"):
+            losses.weighted_sum((1.0, part))
+    assert losses.whole_batch(losses.beta_dpo) is losses.beta_dpo
+    hidden = lambda lp: losses.beta_dpo(lp) + losses.nll(lp)  # noqa: E731
+    with losses.memory_needed(), pytest.raises(ValueError, match="beta_dpo remembers earlier batches"):
+        hidden(as_jax(BATCHES["rising"], jnp.float32))
     with pytest.raises(ValueError, match="needs terms"):
         losses.weighted_sum()

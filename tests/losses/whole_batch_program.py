@@ -21,6 +21,33 @@ def largest(left, right):
     return max(float(jnp.max(jnp.abs(a - b)) / (1.0 + jnp.max(jnp.abs(b)))) for a, b in pairs)
 
 
+def refusal(function, spread, mesh):
+    """The message of a function that cannot be called on a part of the batch."""
+    try:
+        jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(P("data"),), out_specs=P()))(spread)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def remembered(objective, lp, spread, mesh):
+    """A memory of two batches, and the losses at it, made inside of shard_map and outside."""
+    memory = objective.update(objective.update(objective.init(), lp), lp)
+    local = losses.across(objective, "data")
+
+    def inside(x):
+        found = local.update(local.update(local.init(), x), x)
+        return jax.tree.map(lambda leaf: leaf[None], found), local.given(found)(x)
+
+    mapped = jax.shard_map(inside, mesh=mesh, in_specs=(P("data"),), out_specs=P("data"), check_vma=False)
+    memories, values = jax.device_get(jax.jit(mapped)(spread))
+    return {
+        "memory": largest(memories, jax.tree.map(lambda leaf: jnp.full(8, leaf), memory)),
+        "given": largest(values, objective.given(memory)(lp)),
+        "update refused": refusal(lambda x: objective.update(objective.init(), x), spread, mesh),
+    }
+
+
 def main():
     jax.config.update("jax_enable_x64", True)
     lp = PairLogProbs(*(jnp.asarray(field[:64]) for field in drawn(2.0)))
@@ -53,6 +80,16 @@ def main():
                 check_vma=checked,
             )
             case[f"shard_map {checked}"] = largest(jax.device_get(jax.jit(inside)(spread)), alone)
+        inside = jax.shard_map(
+            lambda x, objective=objective: losses.across(objective, ())(x), mesh=mesh, in_specs=(P(),), out_specs=P()
+        )
+        case["whole"] = largest(jax.jit(inside)(lp), alone[0])
+        with jax.set_mesh(explicit):
+            case["off mesh"] = largest(jax.device_get(jax.jit(both)(lp)), alone)
+        if isinstance(objective, losses.RunningObjective):
+            case |= remembered(objective, lp, spread, mesh)
+        if name == "kto":
+            case["point refused"] = refusal(losses.kto_reference_point, spread, mesh)
         try:
             jax.jit(jax.shard_map(objective, mesh=mesh, in_specs=(P("data"),), out_specs=P("data")))(spread)
             case["refused"] = ""

@@ -47,6 +47,36 @@ def test_a_policy_that_is_its_reference_has_no_divergence():
     np.testing.assert_array_equal(tokens.log_probs, tokens.ref_log_probs)
 
 
+def test_logits_in_half_precision_are_widened_before_they_are_normalised():
+    def half(params, tokens):
+        return MODEL.logits(params, tokens).astype(jnp.bfloat16)
+
+    def wide(params, tokens):
+        return half(params, tokens).astype(jnp.float32)
+
+    params, reference = (jax.tree.map(lambda x: 4.0 * x, MODEL.init(jax.random.key(seed))) for seed in (0, 1))
+    left, right = (models.token_statistics(f)(params, reference, PAIRS) for f in (half, wide))
+    for a, b in zip(left, right, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_vocabulary_that_is_padded_with_minus_infinity_adds_nothing():
+    def padded(params, tokens):
+        return jnp.where(jnp.arange(14) < 11, jnp.pad(params, (0, 3)), -jnp.inf) + jnp.zeros((*tokens.shape, 1))
+
+    def plain(params, tokens):
+        return params + jnp.zeros((*tokens.shape, 1))
+
+    policy, reference = jnp.linspace(0.0, 2.0, 11), jnp.linspace(1.0, 0.0, 11)
+    with jax.numpy_rank_promotion("allow"):
+        left, right = (models.token_statistics(f)(policy, reference, PAIRS) for f in (padded, plain))
+        np.testing.assert_allclose(left.kl, right.kl, rtol=1e-5)
+        slopes = jax.grad(lambda p: jnp.sum(models.token_statistics(padded)(p, reference, PAIRS).kl))(policy)
+        expected = jax.grad(lambda p: jnp.sum(models.token_statistics(plain)(p, reference, PAIRS).kl))(policy)
+    np.testing.assert_allclose(slopes, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_certain_stays_finite():
     """Logits of minus a billion: probabilities of exactly 0 in the reference."""
 

@@ -51,8 +51,8 @@ def main(folder, seconds=0.0, tracker=training.NoTracker, poison=None, stop_at=N
             raise KeyboardInterrupt
         return jitted(state, batch, probe)
 
-    def evaluate(params):
-        return {"eval/margin": jnp.mean(log_probs(params, probe))}
+    def evaluate(state):
+        return {"eval/margin": jnp.mean(log_probs(state.params, probe))}
 
     run = training.RunFolder(folder, {"seed": 3})
     state = training.init_state(params, tx)

@@ -132,7 +132,7 @@ def test_an_evaluation_that_is_not_finite_stops_the_run(tmp_path):
     def step(state, batch):
         return state._replace(step=state.step + 1), StepResult({"loss": np.ones(())}, np.ones(1))
 
-    def evaluate(params):
+    def evaluate(state):
         return {"eval/fine": 1.0, "eval/margin": np.nan if (run.path / "metrics.jsonl").stat().st_size > 100 else 0.0}
 
     with pytest.raises(

@@ -1,5 +1,7 @@
 """References scored inside the step: frozen, moving, or the policy without its adapter."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,6 +149,42 @@ def test_policy_and_reference_of_one_step_agree_at_the_start():
     result = jax.jit(gradients)(params, training.PreferenceExamples(pairs), jnp.asarray(0.1), memory)
     for side in ("chosen", "rejected"):
         np.testing.assert_allclose(result.metrics[f"log_ratio/{side}"], 0.0, atol=2e-6)
+
+
+def test_an_evaluation_is_made_with_the_memory_of_training():
+    pairs, params = draw_pairs(0), draw_params("mlp", 1, jnp.float32)
+    scored = training.PreferenceExamples(pairs, MLP(params, pairs) + jnp.array([[2.0, -1.0]]))
+    states, _ = run(losses.beta_dpo, None, 6, examples=scored)
+    diagnose = training.pair_diagnostics(MLP, losses.beta_dpo, with_geometry=False)
+    found = diagnose(states[-1].params, scored, jnp.asarray(0.1), states[-1].memory)
+    lp = training.gradients.pair_log_probs(MLP(states[-1].params, pairs), scored)
+    expected = losses.beta_dpo.given(states[-1].memory.objective)(lp)
+    np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+    assert float(jnp.max(jnp.abs(expected - losses.beta_dpo(lp)))) > 1e-4
+    with pytest.raises(ValueError, match="this step remembers"):
+        diagnose(states[-1].params, scored, jnp.asarray(0.1))
+
+
+def test_a_reference_that_is_missing_is_asked_for():
+    with pytest.raises(ValueError, match=r"no reference log-probabilities: give PreferenceExamples.reference"):
+        preference_gradients(MLP, losses.dpo)(
+            draw_params("mlp", 1, jnp.float32), training.PreferenceExamples(draw_pairs(0)), jnp.asarray(0.1)
+        )
+
+
+@pytest.mark.parametrize(
+    "hide", [lambda o: functools.partial(o, strength=0.3), lambda o: lambda lp: o(lp, strength=0.3)]
+)
+def test_a_hidden_memory_is_found_or_asked_for(hide):
+    objective, params = hide(losses.beta_dpo), draw_params("mlp", 1, jnp.float32)
+    examples = training.PreferenceExamples(draw_pairs(0), jnp.zeros((5, 2)))
+    memory = training.preference_memory(objective, params)
+    gradients = preference_gradients(MLP, objective, with_geometry=False)
+    if isinstance(objective, functools.partial):
+        assert float(gradients(params, examples, jnp.asarray(0.1), memory).memory.objective.mean) != 0.0
+    else:
+        with pytest.raises(ValueError, match="beta_dpo remembers earlier batches, and inside of another function"):
+            gradients(params, examples, jnp.asarray(0.1), memory)
 
 
 @pytest.mark.parametrize(("objective", "reference"), [(losses.beta_dpo, None), (losses.dpo, training.frozen_copy())])
