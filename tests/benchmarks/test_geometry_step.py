@@ -8,8 +8,8 @@ from entangle import geometry
 from entangle.models import DecoderConfig
 from scripts.benchmarks import geometry_step, qwen
 
-GPT2 = geometry_step.gpt2(DecoderConfig(vocab_size=101, max_positions=16, width=16, layers=2, heads=2))
-QWEN = geometry_step.qwen_sized(qwen.QwenConfig(vocab_size=101, width=16, layers=2, heads=4, hidden=24))
+GPT2 = geometry_step.gpt2(DecoderConfig(vocab_size=101, max_positions=16, width=16, layers=1, heads=2))
+QWEN = geometry_step.qwen_sized(qwen.QwenConfig(vocab_size=101, width=16, layers=1, heads=4, hidden=24))
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,12 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
-import torch
-from trl.trainer.dpo_trainer import DPOTrainer
-from trl.trainer.kto_trainer import KTOTrainer
+import pytest
+
+torch = pytest.importorskip("torch")  # collected for doctests, too, where there is no extra
+
+from trl.trainer.dpo_trainer import DPOTrainer  # noqa: E402
+from trl.trainer.kto_trainer import KTOTrainer  # noqa: E402
 
 with warnings.catch_warnings():
     # That these may change without notice is what the tests are for.
