@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,3 +129,15 @@ def spread(values: np.ndarray, unit: str = "", *, signed: bool = True) -> str:
     form = "+.3f" if signed else ".3f"
     mean = f"{values.mean():{form}}" + (f" {unit}" if unit else "")
     return mean if len(values) == 1 else f"{mean} ({values.min():{form}} to {values.max():{form}})"
+
+
+def objective_label(config: Mapping[str, Any]) -> str:
+    """The objective with what was set of its hyperparameters; the others have the defaults of the reference page.
+
+    Example:
+      >>> from experiments.run_tables import objective_label
+      >>> objective_label({"objective": "simpo", "objective_args": {"beta": 3.0}}), objective_label({"objective": "dpo"})
+      ('simpo (beta 3)', 'dpo')
+    """
+    given = ", ".join(f"{name} {value:g}" for name, value in config.get("objective_args", {}).items())
+    return config["objective"] + (f" ({given})" if given else "")

@@ -26,7 +26,7 @@ def weighted_sum(*terms: tuple[float | jax.Array, Objective]) -> Objective:
       An objective without hyperparameters; a ``BatchObjective`` if one of the terms is.
 
     Raises:
-      ValueError: a term has a memory, which a sum would lose, or there is none.
+      ValueError: a term has a memory, which a sum would lose; or there are no terms, or they are something else.
 
     Example:
       >>> import jax.numpy as jnp
@@ -36,8 +36,8 @@ def weighted_sum(*terms: tuple[float | jax.Array, Objective]) -> Objective:
       >>> losses.weighted_sum((1.0, losses.dpo), (0.5, losses.nll))(lp).round(4)  # log 2 + 1.5
       Array([2.1931], dtype=float32)
     """
-    if not terms:
-        raise ValueError("a weighted sum needs terms")
+    if not terms or not all(isinstance(term, tuple) and len(term) == 2 and callable(term[1]) for term in terms):
+        raise ValueError("a weighted sum needs terms, pairs of weight and objective: (0.5, losses.dpo)")
     return _of_type_of(
         [objective for _, objective in terms], lambda lp: sum(w * o(lp) for w, o in terms), "weighted_sum"
     )

@@ -67,6 +67,10 @@ class BatchObjective:
             lp, lambda whole: self.function(whole, *args, **hyperparameters), name_of(self), self.axis_names
         )
 
+    def __repr__(self) -> str:
+        """Its type and name."""
+        return f"<{type(self).__name__} {name_of(self)}>"
+
     def with_hyperparameters(self, **hyperparameters: Any) -> BatchObjective:
         """The same objective with other defaults."""
         return BatchObjective(_named_partial(self.function, hyperparameters), self.axis_names)
@@ -319,7 +323,7 @@ def with_hyperparameters(objective: Objective, **hyperparameters: Any) -> Object
 
 def name_of(objective: Objective) -> str:
     """Its name, or what Python prints where it has none."""
-    return getattr(objective, "__name__", repr(objective))
+    return getattr(objective, "__name__", None) or object.__repr__(objective)
 
 
 def _named_partial(function: Objective, hyperparameters: dict[str, Any]) -> Objective:

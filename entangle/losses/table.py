@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -107,7 +108,7 @@ def get_objective(name: str, /, **hyperparameters: Any) -> Objective:
       >>> from entangle import losses
       >>> losses.get_objective("dppo")
       Traceback (most recent call last):
-      entangle.errors.UserError: unknown objective 'dppo': choose one of alphapo, amapo, aot, ...
+      entangle.errors.UserError: unknown objective 'dppo' (did you mean dpo?): choose one of alphapo, amapo, aot, ...
     """
     if not isinstance(name, str):
         raise UserError(f"an objective is looked up by its name, not by {name!r}")
@@ -118,8 +119,11 @@ def get_objective(name: str, /, **hyperparameters: Any) -> Objective:
             "training.row_gradients trains with it"
         )
     if objective is None:
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), OBJECTIVES, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(
-            f"unknown objective {name!r}: choose one of {', '.join(sorted(OBJECTIVES))}, or module:function for your own"
+            f"unknown objective {name!r}{hint}: choose one of {', '.join(sorted(OBJECTIVES))}, or module:function for "
+            "your own"
         )
     try:
         parameters = list(inspect.signature(objective).parameters.values())[1:]
@@ -196,4 +200,6 @@ def _try(name: str, objective: Objective, values: Mapping[str, Any]) -> None:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"objective {name!r}: on two ordinary pairs: {reason}") from None
     if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves((loss, d))):
-        raise UserError(f"objective {name!r}: at {dict(values)} the loss of an ordinary pair is not finite")
+        raise UserError(
+            f"objective {name!r}: at {dict(values) or 'its defaults'} the loss of an ordinary pair is not finite"
+        )

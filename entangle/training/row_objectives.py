@@ -96,7 +96,7 @@ def masked_rows(
 
     Returns:
       A function like ``statistics`` of parameters ``{"policy": ..., "mask": losses.MaskParams}`` to a pair of rows and masks
-      ``[B, R, T]``.
+      ``[B, R, T]``, 0 off the completions.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -116,6 +116,7 @@ def masked_rows(
 
     def rows(params: dict[str, Any], reference: dict[str, Any], batch: PairBatch) -> tuple[Any, jax.Array]:
         masks = losses.token_masks(params["mask"], hidden_states(params["policy"], batch.tokens))
+        masks = jnp.where(batch.completion_mask, masks, 0.0)
         return statistics(params["policy"], reference["policy"], batch), masks
 
     return rows

@@ -75,7 +75,7 @@ def make_step(
     """The one training step: pure, to be jitted by the caller.
 
     Args:
-      gradient_fn: likelihood_gradients or preference_gradients.
+      gradient_fn: likelihood_gradients, preference_gradients or row_gradients.
       tx: the optax chain; for preferences its head is ``transforms.combine_pair``.
       schedule: step -> learning rate, the one inside tx; logged, and used for predictions.
       log_prob_fn: the policy of a preference step. With it the step says what it did to log-probabilities: of its

@@ -15,6 +15,13 @@ from scripts.reference.formulas import Formulas, parse
 
 PAGE = Path(__file__).resolve().parents[2] / "entangle" / "losses" / "README.md"
 
+USE = """
+Ranges of hyperparameters are checked where objectives are looked up by name (`losses.get_objective`, command lines), not at
+every call. An objective that sees "the whole batch" is a `losses.BatchObjective`; one that sees "all batches so far" a
+`losses.RunningObjective`: `memory = objective.init()`, at every step `memory = objective.update(memory, lp)`, then the losses
+of `objective.given(memory)`; called like any other it is at its first step, which is also what its formulas say.
+"""
+
 HEAD = """\
 # Objectives
 
@@ -77,7 +84,7 @@ def render() -> str:
     """The whole page."""
     return "\n".join(
         [
-            HEAD,
+            HEAD + USE,
             "## Objectives of pairs\n",
             *_overview(losses.OBJECTIVES),
             "",

@@ -214,6 +214,11 @@ def test_hyperparameters_may_be_traced_and_everything_maps_over_a_further_axis(n
         ("dpo", {"beta": None}, r"'dpo': beta None is no number"),
         ("dpo", {"beta": 10**400}, r"'dpo': beta 1000.* is not in \(0, inf\)"),
         ("margin_dpo", {"margin": float("inf")}, r"'margin_dpo': margin inf is not in \(-inf, inf\)"),
+        (
+            "IPO-averaged",
+            {},
+            r"unknown objective 'IPO-averaged' \(did you mean ipo_averaged\?\): choose one of alphapo",
+        ),
         (None, {}, r"an objective is looked up by its name, not by None"),
         ("entangle.losses:ld_dpo", {}, r"takes log-probabilities of tokens, .*: training.row_gradients trains with it"),
         ("sppo", {"beta": 1e-30}, r"'sppo': at \{'beta': 1e-30\} the loss of an ordinary pair is not finite"),

@@ -159,5 +159,9 @@ def test_a_memory_is_not_lost_in_a_sum():
     hidden = lambda lp: losses.beta_dpo(lp) + losses.nll(lp)  # noqa: E731
     with losses.memory_needed(), pytest.raises(ValueError, match="beta_dpo remembers earlier batches"):
         hidden(as_jax(BATCHES["rising"], jnp.float32))
-    with pytest.raises(ValueError, match="needs terms"):
-        losses.weighted_sum()
+    for wrong in ((), ((losses.dpo, 1.0),), (losses.dpo, losses.nll)):
+        with pytest.raises(ValueError, match="needs terms, pairs of weight and objective"):
+            losses.weighted_sum(*wrong)
+    with pytest.raises(ValueError, match=r"label_smoothing 0.5 is not in \[0, 0.5\)"):
+        losses.robust(losses.dpo, 0.5)
+    assert repr(losses.aot) == "<BatchObjective aot>"

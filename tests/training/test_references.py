@@ -147,8 +147,10 @@ def test_policy_and_reference_of_one_step_agree_at_the_start():
     gradients = preference_gradients(model.log_probs, losses.dpop, reference=reference)
     memory = training.preference_memory(losses.dpop, params, reference)
     result = jax.jit(gradients)(params, training.PreferenceExamples(pairs), jnp.asarray(0.1), memory)
+    # two programs that XLA may fuse differently: within two units in the last place of log-probabilities of some 30 nats
+    assert 16 < float(jnp.max(-result.metrics["log_prob/chosen"])) < 64
     for side in ("chosen", "rejected"):
-        np.testing.assert_allclose(result.metrics[f"log_ratio/{side}"], 0.0, atol=2e-6)
+        np.testing.assert_allclose(result.metrics[f"log_ratio/{side}"], 0.0, atol=2 * 2**-18)
 
 
 def test_an_evaluation_is_made_with_the_memory_of_training():
