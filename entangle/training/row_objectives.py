@@ -105,7 +105,7 @@ def masked_rows(
       >>> params = {"policy": model.init(jax.random.key(0)), "mask": losses.init_mask(4)}
       >>> rows_fn = training.masked_rows(models.token_statistics(model.logits), model.hidden_states)
       >>> objective, reference = lambda rows: losses.masked_dpo(*rows), training.frozen_copy()
-      >>> gradient_fn = training.row_gradients(rows_fn, objective, reference, with_geometry=False)
+      >>> gradient_fn = jax.jit(training.row_gradients(rows_fn, objective, reference, with_geometry=False))
       >>> memory = training.preference_memory(objective, params, reference)
       >>> from entangle.types import PairBatch
       >>> pairs = PairBatch(jnp.array([[[0, 1, 5], [0, 2, 5]]]), jnp.array([[[False, True, True]] * 2]))

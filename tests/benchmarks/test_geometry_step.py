@@ -18,7 +18,9 @@ def plain_functions_promote_ranks():
         yield
 
 
-@pytest.mark.parametrize(("model", "dtype"), [(GPT2, "float32"), pytest.param(QWEN, "bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("model", "dtype"), [(GPT2, "float32"), pytest.param(QWEN, "bfloat16", marks=pytest.mark.slow)]
+)
 def test_the_sides_agree_and_their_memory_is_known(model, dtype):
     sides = geometry_step.contenders(model, 3, 16, dtype)
     assert [side.name for side in sides] == ["geometry", "plain", "apart", "scan"]
