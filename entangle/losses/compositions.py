@@ -260,7 +260,7 @@ def mpo(
     Common code averages the NLL over all tokens of the batch: ``mpo_token_mean``. BCO's reward shift is left out, as there.
 
     Args:
-      lp: pair log-probabilities fields ``[B]``.
+      lp: pair log-probabilities, fields ``[B]``.
       beta: inverse temperature of the implicit reward.
       preference_weight: of DPO.
       quality_weight: of ``bco_pair``, which tells good responses from bad ones.

@@ -21,10 +21,9 @@ A plain function promises that the loss of a pair depends on that pair alone. On
 a :class:`BatchObjective`; one that also remembers earlier batches is a :class:`RunningObjective`.
 """
 
-_whole = contextvars.ContextVar(
-    "whole", default=False
-)  # whether the whole batch is at hand, inside of ``jax.shard_map``
-_remembering = contextvars.ContextVar("remembering", default=False)  # whether a first step would be a memory forgotten
+# Whether the whole batch is at hand, inside of ``jax.shard_map``; and whether a first step would be a memory forgotten.
+_whole = contextvars.ContextVar("whole", default=False)
+_remembering = contextvars.ContextVar("remembering", default=False)
 
 Memory = Any
 """What a running objective remembers: a pytree of scalars."""
