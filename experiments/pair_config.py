@@ -26,7 +26,9 @@ class PairConfig:
       objective: margin objective: a name of entangle/losses/README.md (dpo, ipo, simpo, kto, ...), or module:function for
         your own.
       objective_args: hyperparameters of the objective by name, e.g. beta 0.2.
-      pair_chain: how the two gradients are combined: margin, normalized or pairwise_normalized.
+      pair_chain: how the two gradients are combined: a name of entangle/transforms/README.md (margin, normalized, pcgrad,
+        band, ...) for the two batch gradients, or one with pairwise_ before it, for every pair by itself.
+      pair_chain_args: settings of the combination by name, e.g. c 0.4 for cagrad.
       seeds: number of seeds: order of the SFT and preference batches.
       max_length: T, tokens of a row.
       train_pairs: at most so many training pairs.
@@ -49,6 +51,7 @@ class PairConfig:
     objective: str = "dpo"
     objective_args: dict[str, float] = dataclasses.field(default_factory=dict)
     pair_chain: str = "margin"
+    pair_chain_args: dict[str, float] = dataclasses.field(default_factory=dict)
     seeds: int = 3
     max_length: int = 64
     train_pairs: int = 8192

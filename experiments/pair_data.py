@@ -44,8 +44,7 @@ def check(settings: PairConfig) -> None:
       entangle.errors.UserError: --seeds 0: at least one is needed
     """
     losses.get_objective(settings.objective, **settings.objective_args)
-    if settings.pair_chain not in training.PAIR_CHAINS:
-        raise UserError(f"unknown pair chain {settings.pair_chain!r}: choose one of {', '.join(training.PAIR_CHAINS)}")
+    training.pair_chain(settings.pair_chain, **settings.pair_chain_args)
     for name in ("seeds", "eval_batch", "max_length", "train_pairs", "held_out_pairs"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least one is needed")

@@ -60,6 +60,7 @@ def identities(
         "objective": settings.objective,
         "objective_args": settings.objective_args,
         "pair_chain": settings.pair_chain,
+        "pair_chain_args": settings.pair_chain_args,
         **objective_identity(settings),
     }
 
@@ -93,7 +94,7 @@ def run_all(
         base.model,
         settings.preference,
         objective,
-        settings.pair_chain,
+        training.pair_chain(settings.pair_chain, **settings.pair_chain_args),
         changes=settings.changes,
         eval_batch=settings.eval_batch,
     )

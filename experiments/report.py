@@ -6,7 +6,16 @@ import json
 from pathlib import Path
 
 from experiments import claims, figures
-from experiments.run_tables import PREDICTIONS, Runs, all_predictions, curve, objective_label, read_runs, spread
+from experiments.run_tables import (
+    PREDICTIONS,
+    Runs,
+    all_predictions,
+    curve,
+    objective_label,
+    pair_chain_label,
+    read_runs,
+    spread,
+)
 
 CASES = ("ideal", "both_fall", "both_rise", "reversed", "inactive")
 
@@ -48,7 +57,7 @@ def _head(runs: Runs) -> str:
     return (
         f"# {c['kind'].capitalize()} experiment: {objective_label(c)} on {Path(c['data']).name}\n\n"
         f"Model {Path(c['model']).name}, {seeds} {'seed' if seeds == 1 else 'seeds'}, "
-        f"combination of the two gradients: {c['pair_chain']}. Preference stage: {stage['steps']} steps of "
+        f"combination of the two gradients: {pair_chain_label(c)}. Preference stage: {stage['steps']} steps of "
         f"{stage['batch_size']} pairs, {stage['optimizer']['name']} at {stage['optimizer']['learning_rate']:g}, "
         f"{f'after {sft}' if c.get('sft_first', True) else 'from the checkpoint itself'}.\n\n"
         "Values are the mean over seeds and, in brackets, the smallest and largest seed. "
@@ -85,7 +94,7 @@ def _seen(runs: Runs) -> str:
 def _claims(runs: Runs, out: Path) -> str:
     verdicts = claims.paper_claims(runs, out)
     if verdicts and all(v.verdict == "measured" for v in verdicts):
-        what = f"{objective_label(runs.config)}, {runs.config['pair_chain']}"
+        what = f"{objective_label(runs.config)}, {pair_chain_label(runs.config)}"
         why = f"They are about DPO by plain combination, and are not judged for this run's {what}: the numbers alone."
         return "\n".join(["## Claims of arXiv 2410.13828", "", why, "", *_table("claim", verdicts)])
     shown = [v for v in verdicts if v.verdict.startswith("shown")]
@@ -150,9 +159,9 @@ def _cases(runs: Runs) -> str:
     head = ["| set | step | " + " | ".join(c.replace("_", " ") for c in CASES) + " |", "|---" * 7 + "|"]
     text = "Share of held-out pairs in each case: what one plain gradient step on the pair alone would do to it"
     chain = runs.config["pair_chain"]
-    text += ", its coefficients normalised." if chain == "pairwise_normalized" else "."
-    if chain == "normalized":
-        text += " The normalisation of the batch's two gradients is not in this."
+    text += ", with the coefficients that the rule gives it." if chain.startswith("pairwise_") else "."
+    if chain != "margin" and not chain.startswith("pairwise_"):
+        text += f" What {chain} makes of the batch's two gradients is not in this."
     return "\n".join(["## Cases", "", text, "", *head, *rows])
 
 

@@ -139,5 +139,20 @@ def objective_label(config: Mapping[str, Any]) -> str:
       >>> objective_label({"objective": "simpo", "objective_args": {"beta": 3.0}}), objective_label({"objective": "dpo"})
       ('simpo (beta 3)', 'dpo')
     """
-    given = ", ".join(f"{name} {value:g}" for name, value in config.get("objective_args", {}).items())
-    return config["objective"] + (f" ({given})" if given else "")
+    return _with_settings(config, "objective")
+
+
+def pair_chain_label(config: Mapping[str, Any]) -> str:
+    """How the two gradients are combined, with what was set.
+
+    Example:
+      >>> from experiments.run_tables import pair_chain_label
+      >>> pair_chain_label({"pair_chain": "cagrad", "pair_chain_args": {"c": 0.4}}), pair_chain_label({"pair_chain": "margin"})
+      ('cagrad (c 0.4)', 'margin')
+    """
+    return _with_settings(config, "pair_chain")
+
+
+def _with_settings(config: Mapping[str, Any], name: str) -> str:
+    given = ", ".join(f"{key} {value:g}" for key, value in config.get(f"{name}_args", {}).items())
+    return config[name] + (f" ({given})" if given else "")

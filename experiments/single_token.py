@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from entangle import losses
+from entangle import losses, training
 from entangle.errors import UserError
 from entangle.training import RunFolder, read_metrics
 from experiments import command_line, pair_runs, stages
@@ -109,7 +109,7 @@ def run(settings: SentimentConfig) -> Path:
             materials.model,
             stage,
             objective,
-            settings.pair_chain,
+            training.pair_chain(settings.pair_chain, **settings.pair_chain_args),
             with_geometry=False,
             changes=False,
             eval_batch=settings.eval_batch,

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from entangle import data, training, transforms
+from entangle import data, training
 from entangle.losses import Objective
 from entangle.models import LanguageModel
-from entangle.training import PAIR_CHAINS, PreferenceExamples, RunFolder, StageConfig, TokenBatch, TrainState
+from entangle.training import PairChain, PreferenceExamples, RunFolder, StageConfig, TokenBatch, TrainState
 from entangle.types import PairBatch, Params
 
 TrackerFactory = Callable[[Path, Mapping[str, Any]], training.Tracker]
@@ -108,7 +108,7 @@ def preference_program(
     model: LanguageModel,
     stage: StageConfig,
     objective: Objective,
-    chain: str,
+    chain: PairChain,
     *,
     with_geometry: bool = True,
     changes: bool = True,
@@ -120,15 +120,14 @@ def preference_program(
       model: the policy.
       stage: how long, how much.
       objective: margin objective.
-      chain: a key of ``training.PAIR_CHAINS``.
+      chain: how the two gradients become one, see ``training.pair_chain``.
       with_geometry: log the exact geometry of every step's batch; evaluations always have it.
       changes: log what every step did to its own batch, to first order and in fact.
       eval_batch: pairs at a time in scores and evaluations.
     """
-    weighting, pair_rule = PAIR_CHAINS[chain]
-    tx = stage.optimizer.build(stage.steps, transforms.combine_pair(weighting()))
+    tx = stage.optimizer.build(stage.steps, chain.head)
     gradients = training.preference_gradients(
-        model.log_probs, objective, with_geometry=with_geometry, pair_rule=pair_rule
+        model.log_probs, objective, with_geometry=with_geometry or chain.rule is not None, pair_rule=chain.rule
     )
     step = training.make_step(
         gradients,
@@ -139,7 +138,7 @@ def preference_program(
     )
     held_out, seen = (
         training.pair_diagnostics(
-            model.log_probs, objective, with_geometry=full, pair_rule=pair_rule, batch_size=eval_batch
+            model.log_probs, objective, with_geometry=full, pair_rule=chain.rule, batch_size=eval_batch
         )
         for full in (True, False)
     )

@@ -22,15 +22,17 @@ def accumulator_dtype(tree: Params) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def inner_product(left: Params, right: Params) -> jax.Array:
+def inner_product(left: Params, right: Params, *, leading_axes: int = 0) -> jax.Array:
     """Euclidean inner product of two pytrees of one structure.
 
     Args:
       left: pytree of arrays, real and floating.
       right: pytree of the same structure and shapes.
+      leading_axes: so many leading axes, of one shape in all leaves, are kept: there is a product for each of their indices.
 
     Returns:
-      A scalar of the accumulator's dtype: bfloat16 leaves are widened before they are multiplied.
+      A scalar, or an array of the leading axes' shape, of the accumulator's dtype: bfloat16 leaves are widened before they
+      are multiplied.
 
     Example:
       >>> import jax.numpy as jnp
@@ -39,18 +41,23 @@ def inner_product(left: Params, right: Params) -> jax.Array:
       Array(1., dtype=float32)
     """
     dtype = accumulator_dtype((left, right))
-    products = jax.tree.map(lambda a, b: jnp.sum(a.astype(dtype) * b.astype(dtype)), left, right)
-    return sum(jax.tree.leaves(products), start=jnp.zeros((), dtype))
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.sum(a.astype(dtype) * b.astype(dtype), axis=tuple(range(leading_axes, a.ndim)))
+
+    products = jax.tree.leaves(jax.tree.map(product, left, right))
+    return sum(products, start=jnp.zeros(products[0].shape if products else (), dtype))
 
 
-def gram(gradients: PairGradients) -> PairGeometry:
-    """The 2x2 Gram matrix of two gradients, as scalars.
+def gram(gradients: PairGradients, *, leading_axes: int = 0) -> PairGeometry:
+    """The 2x2 Gram matrix of two gradients.
 
     Args:
       gradients: two pytrees of one structure.
+      leading_axes: as for :func:`inner_product`.
 
     Returns:
-      PairGeometry of scalars.
+      PairGeometry of scalars, or of arrays of the leading axes' shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,6 +68,5 @@ def gram(gradients: PairGradients) -> PairGeometry:
       (9.0, 2.0, 3.0)
     """
     chosen, rejected = gradients
-    return PairGeometry(
-        inner_product(chosen, chosen), inner_product(rejected, rejected), inner_product(chosen, rejected)
-    )
+    pairs = (chosen, chosen), (rejected, rejected), (chosen, rejected)
+    return PairGeometry(*(inner_product(a, b, leading_axes=leading_axes) for a, b in pairs))

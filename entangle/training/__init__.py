@@ -6,7 +6,6 @@ extras.require("train", "flax", "orbax", "wandb", "tqdm", "numpy", "safetensors"
 
 from entangle.training.evaluation import pair_diagnostics, score_pairs
 from entangle.training.gradients import (
-    PAIR_CHAINS,
     PreferenceExamples,
     TokenBatch,
     likelihood_gradients,
@@ -16,6 +15,7 @@ from entangle.training.gradients import (
 from entangle.training.loop import final_params, train
 from entangle.training.metrics import means
 from entangle.training.optimizers import OPTIMIZERS, OptimizerConfig
+from entangle.training.pair_chains import PairChain, pair_chain, pair_chains
 from entangle.training.reference_cache import (
     ReferenceFingerprint,
     check_reference,
@@ -32,11 +32,11 @@ from entangle.training.tracking import NoTracker, Tracker, WandbTracker
 
 __all__ = [
     "OPTIMIZERS",
-    "PAIR_CHAINS",
     "Batches",
     "MappedBatches",
     "NoTracker",
     "OptimizerConfig",
+    "PairChain",
     "PreferenceExamples",
     "Reference",
     "ReferenceFingerprint",
@@ -56,6 +56,8 @@ __all__ = [
     "masked_rows",
     "means",
     "moving_reference",
+    "pair_chain",
+    "pair_chains",
     "pair_diagnostics",
     "preference_gradients",
     "preference_memory",

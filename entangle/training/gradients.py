@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from entangle import geometry, losses, transforms
+from entangle import geometry, losses
 from entangle.losses import Coefficients, Objective, RunningObjective
 from entangle.losses.objective import as_objective
 from entangle.training.metrics import Metrics, geometry_metrics, likelihood_metrics
@@ -284,11 +284,3 @@ def preference_gradients(
         return GradientResult(pair_gradients, metrics | {"learning_rate": learning_rate}, loss, memory)
 
     return gradients
-
-
-PAIR_CHAINS: dict[str, tuple[Callable[[], transforms.Weighting], PairRule | None]] = {
-    "margin": (transforms.margin, None),
-    "normalized": (transforms.normalized, None),
-    "pairwise_normalized": (transforms.margin, transforms.normalize_coefficients),
-}
-"""Name -> (weighting of the two batch gradients, per-pair rule on the coefficients), for command lines."""

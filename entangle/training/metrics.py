@@ -1,15 +1,17 @@
 """Per-pair diagnostics of a batch, by name; a run logs their means.
 
 Names are grouped by a slash, as trackers show them: ``log_prob/``, ``reward/``, ``coefficient/``, ``geometry/``, ``case/``,
-``predicted/``, ``predicted_batch/``, ``first_order/``, ``realised/``, ``agreement/``.
+``predicted/``, ``predicted_batch/``, ``first_order/``, ``realised/``, ``agreement/``, ``weight/``, ``combined/``.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from entangle import geometry
+from entangle import geometry, transforms
 from entangle.geometry import PairChanges
 from entangle.losses import Coefficients, log_ratios
 from entangle.losses.log_ratios import as_float32
@@ -125,6 +127,42 @@ def change_metrics(realised: PairChanges, predictions: dict[str, PairChanges]) -
     for name, change in predictions.items():
         right = [jnp.sign(a) == jnp.sign(b) for a, b in zip(change, realised, strict=True)]
         metrics[f"agreement/{name}"] = jnp.mean(jnp.stack(right), axis=0, dtype=realised.chosen.dtype)
+    return metrics
+
+
+def combination_metrics(opt_state: Any) -> Metrics:
+    """What the heads of an optax chain saw of the batch's two gradients and what they made of it.
+
+    Args:
+      opt_state: of a chain with ``transforms.combine_pair`` in it; other chains give nothing.
+
+    Returns:
+      Name to scalar: ``weight/chosen`` and ``weight/rejected``, and of the two weighed means ``combined/chosen_norm``,
+      ``combined/rejected_norm`` and ``combined/cosine``; with groups ``weight/chosen/GROUP`` and so on, means over the layers
+      of stacked ones.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle import transforms
+      >>> from entangle.training.metrics import combination_metrics
+      >>> from entangle.types import PairGradients
+      >>> tx = transforms.combine_pair(transforms.normalized())
+      >>> _, state = tx.update(PairGradients(jnp.array([2.0]), jnp.array([4.0])), tx.init(jnp.zeros(1)))
+      >>> {name: float(value) for name, value in combination_metrics(state).items() if "chosen" in name}
+      {'weight/chosen': 0.5, 'combined/chosen_norm': 2.0}
+    """
+    metrics: Metrics = {}
+    for state in transforms.combined(opt_state):
+        groups = state.gram if isinstance(state.gram, dict) else {"": state.gram}
+        weights = state.weights if isinstance(state.weights, dict) else {"": state.weights}
+        for group, s in groups.items():
+            found = {f"weight/{side}": value for side, value in weights[group]._asdict().items()}
+            found |= {
+                "combined/chosen_norm": jnp.sqrt(s.chosen_sq_norm),
+                "combined/rejected_norm": jnp.sqrt(s.rejected_sq_norm),
+                "combined/cosine": geometry.cosine(s),
+            }
+            metrics |= {name + (f"/{group}" if group else ""): jnp.mean(value) for name, value in found.items()}
     return metrics
 
 

@@ -12,7 +12,7 @@ import optax
 
 from entangle.geometry import PairChanges, first_order_changes, inner_product, step_changes
 from entangle.training.gradients import GradientFn
-from entangle.training.metrics import Metrics, change_metrics, means
+from entangle.training.metrics import Metrics, change_metrics, combination_metrics, means
 from entangle.types import LogProbFn, PairGradients, Params
 
 
@@ -118,7 +118,9 @@ def make_step(
                 first_order, realised = changes(probe)
                 found = change_metrics(realised, {"first_order": first_order})
                 metrics |= {f"probe/{name}": values for name, values in found.items()}
-        metrics = means(metrics) | {"update_norm": jnp.sqrt(inner_product(updates, updates))}
+        metrics = (
+            means(metrics) | combination_metrics(opt_state) | {"update_norm": jnp.sqrt(inner_product(updates, updates))}
+        )
         return TrainState(state.step + 1, params, opt_state, result.memory), StepResult(metrics, result.losses)
 
     return step

@@ -1,17 +1,19 @@
-"""Weightings: pure functions from the 2x2 Gram of the chosen and rejected gradients to two weights (x, y).
+"""What a weighting is: a pure function from the Gram of the chosen and rejected gradients to two weights (x, y).
 
-The combined step goes along ``x chosen - y rejected``, where chosen and rejected are the two means of PairGradients.
+The combined step goes along ``x chosen - y rejected``, where chosen and rejected are the two means of PairGradients. In the
+language of multi-objective optimisation the two objectives' ascent directions are ``g1 = chosen`` and ``g2 = -rejected``, and
+they are in conflict where ``<g1, g2> = -<chosen, rejected>`` is negative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from entangle.losses import Coefficients
+from entangle.losses.hyperparameters import Range
 from entangle.types import PairGeometry
 
 
@@ -19,8 +21,8 @@ class PairWeights(NamedTuple):
     """Weights of the two gradients in the combined step.
 
     Attributes:
-      chosen: x, scalar.
-      rejected: y, scalar.
+      chosen: x, of the Gram's shape.
+      rejected: y, of the Gram's shape.
     """
 
     chosen: jax.Array
@@ -28,11 +30,156 @@ class PairWeights(NamedTuple):
 
 
 Weighting = Callable[[PairGeometry], PairWeights]
-"""A pure function of the Gram of PairGradients (scalars) to the two weights (scalars of the same dtype)."""
+"""A pure function of the Gram of two gradients to the two weights, element by element over arrays of any shape."""
+
+
+class RunningWeighting(NamedTuple):
+    """A weighting that remembers earlier steps.
+
+    Attributes:
+      init: a Gram of zeros to the memory before the first step, arrays of the Gram's shape.
+      update: Gram and memory to the weights and the next memory.
+    """
+
+    init: Callable[[PairGeometry], Any]
+    update: Callable[[PairGeometry, Any], tuple[PairWeights, Any]]
+
+
+def as_running(weighting: Weighting | RunningWeighting) -> RunningWeighting:
+    """Any weighting as one with a memory, which is ``()`` where nothing is remembered.
+
+    Example:
+      >>> from entangle import transforms
+      >>> from entangle.transforms.weightings import as_running
+      >>> as_running(transforms.margin()).init(None)
+      ()
+    """
+    if isinstance(weighting, RunningWeighting):
+        return weighting
+    if not callable(weighting):
+        raise TypeError(f"a weighting is a function of the Gram or a RunningWeighting, got {type(weighting).__name__}")
+    return RunningWeighting(lambda gram: (), lambda gram, memory: (weighting(gram), memory))
+
+
+class Norms(NamedTuple):
+    """The Gram in a form whose numbers stay in float32's range where products of squares would not.
+
+    Attributes:
+      chosen: ``|g1|``.
+      rejected: ``|g2|``.
+      cosine: of ``g1 = chosen`` and ``g2 = -rejected``, in [-1, 1]; 0 where a gradient is zero.
+    """
+
+    chosen: jax.Array
+    rejected: jax.Array
+    cosine: jax.Array
+
+
+def norms(gram: PairGeometry) -> Norms:
+    """Norms and cosine of the two ascent directions; differentiable, with derivative 0 where a gradient is zero.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle.transforms.weightings import norms
+      >>> from entangle.types import PairGeometry
+      >>> [float(x) for x in norms(PairGeometry(*(jnp.array(x) for x in (4.0, 16.0, 2.0))))]
+      [2.0, 4.0, -0.25]
+    """
+    chosen, rejected = root(gram.chosen_sq_norm), root(gram.rejected_sq_norm)
+    # divided by one after the other: their product may be too large or too small
+    cosine = -gram.inner_product * inverse(chosen) * inverse(rejected)
+    return Norms(chosen, rejected, jnp.clip(cosine, -1, 1))
+
+
+def inverse(positive: jax.Array) -> jax.Array:
+    """``1 / x``, and 0 at 0; a NaN stays one, and the derivative at 0 is 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle.transforms.weightings import inverse
+      >>> inverse(jnp.array([0.0, 4.0])).tolist()
+      [0.0, 0.25]
+    """
+    zero = positive == 0  # not `> 0`: a NaN must stay one
+    return jnp.where(zero, 0, 1 / jnp.where(zero, 1, positive))
+
+
+def root(value: jax.Array) -> jax.Array:
+    """Square root whose derivative at 0 is 0.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from entangle.transforms.weightings import root
+      >>> float(root(jnp.float32(9.0))), float(jax.grad(root)(jnp.float32(0.0)))
+      (3.0, 0.0)
+    """
+    zero = value == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, value)))
+
+
+def of_norms(rule: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]) -> Weighting:
+    """The weighting of a rule on ``|g1|``, ``|g2|`` and their cosine; NaN where the Gram is not finite.
+
+    Args:
+      rule: norms and cosine to (x, y), finite wherever they are.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle.transforms.weightings import of_norms
+      >>> from entangle.types import PairGeometry
+      >>> weighting = of_norms(lambda n1, n2, k: (n2, n1))
+      >>> [float(x) for x in weighting(PairGeometry(*(jnp.array(x) for x in (4.0, 16.0, 2.0))))]
+      [4.0, 2.0]
+      >>> [float(x) for x in weighting(PairGeometry(*(jnp.array(x) for x in (4.0, jnp.inf, 2.0))))]
+      [nan, nan]
+    """
+
+    def weighting(gram: PairGeometry) -> PairWeights:
+        return PairWeights(*(nan_unless_finite(gram, w) for w in rule(*norms(gram))))
+
+    return weighting
+
+
+def nan_unless_finite(gram: PairGeometry, value: jax.Array) -> jax.Array:
+    """A value, and NaN where the Gram is not finite: a bad gradient must not turn into a plausible step."""
+    finite = jnp.isfinite(gram.chosen_sq_norm + gram.rejected_sq_norm + gram.inner_product)
+    return jnp.where(finite, value, jnp.nan)
+
+
+def rounding(like: jax.Array) -> float:
+    """How far from 1 a cosine's absolute value may be when two vectors are parallel but for rounding: 4 units.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle.transforms.weightings import rounding
+      >>> rounding(jnp.float32(0)) == 4 * 2**-23
+      True
+    """
+    return 4 * float(jnp.finfo(like.dtype).eps)
+
+
+def check(name: str, value: Any, low: float, high: float, *, with_low: bool = False, with_high: bool = False) -> None:
+    """Refuse a setting outside of its range; what ``optax.inject_hyperparams`` traces is let through.
+
+    Raises:
+      ValueError: it is outside, or NaN.
+
+    Example:
+      >>> from entangle.transforms.weightings import check
+      >>> check("c", 1.5, 0.0, 1.0, with_low=True)
+      Traceback (most recent call last):
+      ValueError: c: 1.5 is not in [0, 1)
+    """
+    range_ = Range(low, high, with_low=with_low, with_high=with_high)
+    if isinstance(value, (int, float)) and not range_.holds(value):
+        raise ValueError(f"{name}: {value:g} is not in {range_}")
 
 
 def margin() -> Weighting:
     """The objective's own combination, (1, 1): the chain is then exactly the ordinary gradient step.
+
+        Scope: the margin of the batch does not fall to first order under a plain gradient step, as for every objective with
+        equal coefficients; both log-probabilities may fall or rise together (arXiv 2410.13828, section 3).
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,67 +194,3 @@ def margin() -> Weighting:
         return PairWeights(one, one)
 
     return weighting
-
-
-def _inverse_norm(sq_norm: jax.Array) -> jax.Array:
-    zero = sq_norm == 0  # not `> 0`: a NaN must stay one
-    return jnp.where(zero, 0, jax.lax.rsqrt(jnp.where(zero, 1, sq_norm)))
-
-
-def normalized() -> Weighting:
-    """Each gradient made a unit vector: ``(1 / |chosen|, 1 / |rejected|)``; the weight of a zero gradient is 0.
-
-    With rho their cosine, the step along ``u_w - u_l`` changes the batch's chosen and rejected sums in the ideal
-    direction for every rho: ``<chosen, step> = |chosen| (1 - rho) >= 0``, ``<rejected, step> = -|rejected| (1 - rho) <= 0``.
-
-    Scope: the guarantee is for the two batch means, to first order, under a plain gradient step. For the guarantee pair by
-    pair normalise the coefficients with :func:`normalize_coefficients`. The step's length no longer follows the
-    loss (it is between 0 and 2 times the learning rate), so plain SGD needs a learning rate of its own.
-
-    References:
-      Yuan et al., arXiv 2410.13828, section 5.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from entangle import transforms
-      >>> from entangle.types import PairGeometry
-      >>> [float(w) for w in transforms.normalized()(PairGeometry(*(jnp.array(x) for x in (4.0, 16.0, 1.0))))]
-      [0.5, 0.25]
-    """
-
-    def weighting(gram: PairGeometry) -> PairWeights:
-        return PairWeights(_inverse_norm(gram.chosen_sq_norm), _inverse_norm(gram.rejected_sq_norm))
-
-    return weighting
-
-
-def normalize_coefficients(coefficients: Coefficients, geometry: PairGeometry) -> Coefficients:
-    """The pairwise normalised gradient, exact: ``d_w / |g_w|`` and ``d_l / |g_l|`` per pair, before the mean over pairs.
-
-    For equal coefficients d of one pair the step is ``d (g_w / |g_w| - g_l / |g_l|)``: that pair's chosen log-probability
-    does not fall and its rejected one does not rise, to first order, whatever their cosine. Other pairs of the batch and
-    an adaptive optimizer can break it.
-
-    Args:
-      coefficients: fields ``[B]``.
-      geometry: fields ``[B]``, of the same pairs.
-
-    Returns:
-      Coefficients of fields ``[B]``; 0 where the gradient is zero.
-
-    References:
-      Yuan et al., arXiv 2410.13828, section 5.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from entangle import losses, transforms
-      >>> from entangle.types import PairGeometry
-      >>> d = losses.Coefficients(jnp.array([1.0]), jnp.array([1.0]))
-      >>> s = PairGeometry(jnp.array([4.0]), jnp.array([16.0]), jnp.array([7.0]))
-      >>> [x.tolist() for x in transforms.normalize_coefficients(d, s)]
-      [[0.5], [0.25]]
-    """
-    return Coefficients(
-        coefficients.chosen * _inverse_norm(geometry.chosen_sq_norm),
-        coefficients.rejected * _inverse_norm(geometry.rejected_sq_norm),
-    )

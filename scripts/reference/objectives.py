@@ -62,8 +62,9 @@ LEFT_OUT = """\
 - beta-DPO's selection of pairs draws lots inside the loss; the dynamic beta is here.
 - SPPO with soft probabilities and ODPO's scores need a reward model; `margin_dpo` takes margins from anywhere.
 - TR-DPO (arXiv 2404.09656) is DPO against a reference that follows the policy: `training.moving_reference`.
-- The normalised gradient (arXiv 2410.13828, `transforms.normalized`) and reward calibration (arXiv 2604.18239, not here yet)
-  change gradients or coefficients, not the loss. The CHES score (arXiv 2410.08847) ranks data.
+- The normalised gradient (arXiv 2410.13828, `transforms.normalized`) and reward calibration (arXiv 2604.18239,
+  `transforms.reward_calibrated`) change gradients or coefficients, not the loss: see `entangle/transforms`. The CHES score
+  (arXiv 2410.08847) ranks data.
 """
 
 

@@ -6,7 +6,6 @@ import pytest
 from entangle import losses, transforms
 from entangle.training.evaluation import pair_diagnostics
 from entangle.training.gradients import (
-    PAIR_CHAINS,
     PreferenceExamples,
     TokenBatch,
     likelihood_gradients,
@@ -14,6 +13,7 @@ from entangle.training.gradients import (
     reward_scale,
 )
 from entangle.training.metrics import means
+from entangle.training.pair_chains import pair_chain
 from tests.toy import MODELS, draw_pairs, draw_params, flatten, row_gradients
 
 MLP = MODELS["mlp"]
@@ -129,10 +129,10 @@ def _unit(x):
 @pytest.mark.usefixtures("x64")
 def test_pair_chains_give_the_descent_gradient_of_their_formula(chain, expected):
     params, examples = _examples(1)
-    weighting, rule = PAIR_CHAINS[chain]
+    head, rule = pair_chain(chain)
     gradient_fn = preference_gradients(MLP, losses.dpo, pair_rule=rule, with_geometry=rule is not None)
     result = jax.jit(gradient_fn)(params, examples, RATE)
-    update, _ = (tx := transforms.combine_pair(weighting())).update(result.gradients, tx.init(params))
+    update, _ = head.update(result.gradients, head.init(params))
     margin = np.asarray(MLP(params, examples.pairs) - examples.reference) @ np.array([1.0, -1.0])
     d = (0.1 / (1 + np.exp(0.1 * margin)))[:, None]
     np.testing.assert_allclose(
@@ -141,10 +141,10 @@ def test_pair_chains_give_the_descent_gradient_of_their_formula(chain, expected)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("chain", PAIR_CHAINS)
+@pytest.mark.parametrize("chain", ["margin", "pairwise_normalized", "pairwise_pcgrad"])
 def test_evaluation_gives_the_same_diagnostics_as_the_step(chain):
     params, examples = _examples()
-    rule = PAIR_CHAINS[chain][1]
+    rule = pair_chain(chain).rule
     step = preference_gradients(MLP, losses.cpo, pair_rule=rule)(params, examples, RATE).metrics
     found = pair_diagnostics(MLP, losses.cpo, pair_rule=rule)(params, examples, RATE)
     assert set(step) - set(found) == {"learning_rate"}

@@ -1,0 +1,67 @@
+"""How the two gradients become one, by name, for command lines: the head of the optax chain and a rule on every pair."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import optax
+
+from entangle import transforms
+from entangle.errors import UserError
+from entangle.training.gradients import PairRule
+from entangle.transforms import WEIGHTINGS, RunningWeighting
+
+_PAIRWISE = "pairwise_"
+
+
+class PairChain(NamedTuple):
+    """What a name stands for.
+
+    Attributes:
+      head: first in the optax chain; PairGradients in, one update tree out.
+      rule: on the coefficients of every pair, before the mean over pairs; it needs their geometry.
+    """
+
+    head: optax.GradientTransformation
+    rule: PairRule | None = None
+
+
+def pair_chains() -> list[str]:
+    """All names: every weighting of the two batch gradients, and pair by pair those that have no memory.
+
+    Example:
+      >>> from entangle.training.pair_chains import pair_chains
+      >>> [name for name in pair_chains() if "normalized" in name]
+      ['normalized', 'pairwise_normalized']
+    """
+    alone = [n for n, entry in WEIGHTINGS.items() if n != "margin" and not isinstance(entry.make(), RunningWeighting)]
+    return [*WEIGHTINGS, *(_PAIRWISE + name for name in alone)]
+
+
+def pair_chain(name: str, **settings: float) -> PairChain:
+    """A pair chain by name.
+
+    Args:
+      name: of ``pair_chains()``. ``pairwise_normalized`` is the paper's rule, which keeps the coefficients' size
+        (``transforms.normalize_coefficients``).
+      settings: arguments of the weighting.
+
+    Raises:
+      UserError: there is no such chain or setting, or a setting is outside of its range.
+
+    Example:
+      >>> from entangle.training import pair_chain
+      >>> pair_chain("pairwise_pcgrad").rule is None, pair_chain("pcgrad").rule is None
+      (False, True)
+    """
+    if name not in pair_chains():
+        raise UserError(f"unknown pair chain {name!r}: choose one of {', '.join(pair_chains())}")
+    plain = name.removeprefix(_PAIRWISE)
+    weighting = transforms.get_weighting(plain, **settings)
+    if plain == name:
+        return PairChain(transforms.combine_pair(weighting))
+    head = transforms.combine_pair(transforms.margin())
+    if plain == "normalized":
+        return PairChain(head, transforms.normalize_coefficients)
+    assert not isinstance(weighting, RunningWeighting)
+    return PairChain(head, transforms.per_pair(weighting))
