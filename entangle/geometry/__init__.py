@@ -22,7 +22,7 @@ from entangle.geometry.one_backward import (
     vjp_with_geometry,
 )
 from entangle.geometry.pairs import pair_vjp, scan_geometry, take_side
-from entangle.geometry.products import gram, inner_product
+from entangle.geometry.products import gram, inner_product, row_gram
 from entangle.geometry.tokens import token_gram
 from entangle.types import PairGeometry
 
@@ -45,6 +45,7 @@ __all__ = [
     "pair_vjp",
     "parameter_uses",
     "predicted_changes",
+    "row_gram",
     "scan_geometry",
     "step_changes",
     "take_side",

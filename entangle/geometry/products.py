@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from entangle.geometry.meshes import automatic
 from entangle.types import PairGeometry, PairGradients, Params
 
 
@@ -46,7 +50,7 @@ def inner_product(left: Params, right: Params, *, leading_axes: int = 0) -> jax.
         return jnp.sum(a.astype(dtype) * b.astype(dtype), axis=tuple(range(leading_axes, a.ndim)))
 
     products = jax.tree.leaves(jax.tree.map(product, left, right))
-    return sum(products, start=jnp.zeros(products[0].shape if products else (), dtype))
+    return _added(products) if products else jnp.zeros((), dtype)
 
 
 def gram(gradients: PairGradients, *, leading_axes: int = 0) -> PairGeometry:
@@ -70,3 +74,59 @@ def gram(gradients: PairGradients, *, leading_axes: int = 0) -> PairGeometry:
     chosen, rejected = gradients
     pairs = (chosen, chosen), (rejected, rejected), (chosen, rejected)
     return PairGeometry(*(inner_product(a, b, leading_axes=leading_axes) for a, b in pairs))
+
+
+def row_products(rows: Params, tree: Params) -> jax.Array:
+    """Inner products of N pytrees, stacked along a leading axis, with one.
+
+    Args:
+      rows: pytree of arrays ``[N, ...]``.
+      tree: pytree of the same structure, arrays ``[...]``.
+
+    Returns:
+      ``[N]``, of the accumulator's dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle.geometry.products import row_products
+      >>> row_products({"w": jnp.array([[1.0, 2.0], [0.0, 1.0]])}, {"w": jnp.array([1.0, -1.0])}).tolist()
+      [-1.0, -1.0]
+    """
+    dtype = accumulator_dtype((rows, tree))
+    return _added(jax.tree.leaves(jax.tree.map(lambda a, b: _contracted(a, b[None], dtype)[:, 0], rows, tree)))
+
+
+def row_gram(rows: Params) -> jax.Array:
+    """The Gram matrix of N pytrees that are stacked along a leading axis.
+
+    Args:
+      rows: pytree of arrays ``[N, ...]``.
+
+    Returns:
+      ``[N, N]``, of the accumulator's dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle import geometry
+      >>> geometry.row_gram({"w": jnp.array([[1.0, 2.0], [0.0, 1.0]])}).tolist()
+      [[5.0, 2.0], [2.0, 1.0]]
+    """
+    dtype = accumulator_dtype(rows)
+    return _added([_contracted(leaf, leaf, dtype) for leaf in jax.tree.leaves(rows)])
+
+
+def _added(products: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, products)
+
+
+def _contracted(left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """All axes but the first summed over: ``[N, ...]`` and ``[M, ...]`` to ``[N, M]``."""
+    axes = tuple(range(1, left.ndim))
+
+    def contract(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(
+            left.astype(dtype), right.astype(dtype), ((axes, axes), ((), ())), precision=jax.lax.Precision.HIGHEST
+        )
+
+    # sums over parts on different devices have to be asked for where axes are Explicit
+    return automatic(contract, PartitionSpec())(left, right)

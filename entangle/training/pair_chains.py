@@ -10,8 +10,19 @@ from entangle import transforms
 from entangle.errors import UserError
 from entangle.training.gradients import PairRule
 from entangle.transforms import WEIGHTINGS, RunningWeighting
+from entangle.transforms.table import made
 
 _PAIRWISE = "pairwise_"
+
+
+def _project_retain(memory: float = 8, retain_weight: float = 0.0) -> optax.GradientTransformation:
+    # the command line's settings are floats
+    if memory != int(memory):
+        raise ValueError(f"memory: {memory:g} is no whole number")
+    return transforms.project_retain(int(memory), retain_weight=retain_weight)
+
+
+_HEADS = {"project_retain": _project_retain}
 
 
 class PairChain(NamedTuple):
@@ -27,7 +38,7 @@ class PairChain(NamedTuple):
 
 
 def pair_chains() -> list[str]:
-    """All names: every weighting of the two batch gradients, and pair by pair those that have no memory.
+    """All names: every weighting of the two batch gradients, those without memory pair by pair, and other heads.
 
     Example:
       >>> from entangle.training.pair_chains import pair_chains
@@ -35,7 +46,7 @@ def pair_chains() -> list[str]:
       ['normalized', 'pairwise_normalized']
     """
     alone = [n for n, entry in WEIGHTINGS.items() if n != "margin" and not isinstance(entry.make(), RunningWeighting)]
-    return [*WEIGHTINGS, *(_PAIRWISE + name for name in alone)]
+    return [*WEIGHTINGS, *(_PAIRWISE + name for name in alone), *_HEADS]
 
 
 def pair_chain(name: str, **settings: float) -> PairChain:
@@ -44,7 +55,7 @@ def pair_chain(name: str, **settings: float) -> PairChain:
     Args:
       name: of ``pair_chains()``. ``pairwise_normalized`` is the paper's rule, which keeps the coefficients' size
         (``transforms.normalize_coefficients``).
-      settings: arguments of the weighting.
+      settings: arguments of the weighting or head.
 
     Raises:
       UserError: there is no such chain or setting, or a setting is outside of its range.
@@ -56,6 +67,8 @@ def pair_chain(name: str, **settings: float) -> PairChain:
     """
     if name not in pair_chains():
         raise UserError(f"unknown pair chain {name!r}: choose one of {', '.join(pair_chains())}")
+    if name in _HEADS:
+        return PairChain(made(_HEADS[name], f"pair chain {name!r}", settings))
     plain = name.removeprefix(_PAIRWISE)
     weighting = transforms.get_weighting(plain, **settings)
     if plain == name:

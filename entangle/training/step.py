@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from entangle import transforms
 from entangle.geometry import PairChanges, first_order_changes, inner_product, step_changes
 from entangle.training.gradients import GradientFn
 from entangle.training.metrics import Metrics, change_metrics, combination_metrics, means
@@ -103,7 +104,9 @@ def make_step(
     def step(state: TrainState, batch: Any, probe: Any = None) -> tuple[TrainState, StepResult]:
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         result = gradient_fn(state.params, batch, learning_rate, state.memory)
-        updates, opt_state = tx.update(result.gradients, state.opt_state, state.params)
+        with transforms.naming_the_fix("a transform of the optax chain"):
+            updates, opt_state = tx.update(result.gradients, state.opt_state, state.params)
+        transforms.require_combined(updates)
         params = optax.apply_updates(state.params, updates)
         metrics = dict(result.metrics)
         if log_prob_fn is not None:

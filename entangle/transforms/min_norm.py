@@ -23,13 +23,15 @@ def mgda() -> Weighting:
       >>> import jax.numpy as jnp
       >>> from entangle import transforms
       >>> from entangle.types import PairGeometry
-      >>> [float(w) for w in transforms.mgda()(PairGeometry(*(jnp.array(x) for x in (1.0, 3.0, 0.0))))]
+      >>> [float(w) for w in transforms.mgda()(PairGeometry(*(jnp.array(x) for x in (4.0, 16.0, 2.0))))]
       [0.75, 0.25]
     """
 
     def rule(n1: jax.Array, n2: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        t = _shortest(*_relative(n1, n2), k)
-        return t, 1 - t
+        p, q = _relative(n1, n2)
+        # The longer one's weight is at most 1/2 and may be far smaller than 1's rounding; as 1 - t it would be lost.
+        longer = jnp.clip(_unclipped(jnp.maximum(p, q), jnp.minimum(p, q), k), 0, 0.5)
+        return jnp.where(p < q, 1 - longer, longer), jnp.where(p < q, longer, 1 - longer)
 
     return of_norms(rule)
 
@@ -136,7 +138,3 @@ def _unclipped(p: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
     """The t of the shortest vector on the line through both gradients; 1/2 where they are equal."""
     apart = _square(p, q, -k)
     return jnp.where(apart == 0, 0.5, q * (q - k * p) * inverse(apart))
-
-
-def _shortest(p: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
-    return jnp.clip(_unclipped(p, q, k), 0, 1)

@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from entangle.errors import UserError
 from entangle.transforms import bands, bisectors, min_norm, surgery, weightings
@@ -50,6 +50,7 @@ _NOTHING = _MARGIN._replace(margin=False)
 WEIGHTINGS: Mapping[str, Entry] = MappingProxyType(
     {
         "margin": Entry(weightings.margin, _MARGIN),
+        "fixed": Entry(weightings.fixed, _MARGIN),
         "normalized": Entry(bisectors.normalized, _IDEAL._replace(degree=0)),
         "scale_preserving": Entry(bisectors.scale_preserving, _IDEAL),
         "reward_calibrated": Entry(bands.reward_calibrated, _NOTHING),
@@ -91,13 +92,36 @@ def get_weighting(name: str, **settings: float) -> Weighting | RunningWeighting:
         near = difflib.get_close_matches(name, WEIGHTINGS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"unknown weighting {name!r}{hint} There are {', '.join(WEIGHTINGS)}")
-    make = WEIGHTINGS[name].make
+    return made(WEIGHTINGS[name].make, f"weighting {name!r}", settings)
+
+
+Made = TypeVar("Made")
+
+
+def made(make: Callable[..., Made], what: str, settings: Mapping[str, float]) -> Made:
+    """What a factory makes of a user's settings.
+
+    Args:
+      make: the factory; it raises ValueError where a setting is outside of its range.
+      what: the message calls it so.
+      settings: arguments by name.
+
+    Raises:
+      UserError: there is no such setting, or it is outside of its range.
+
+    Example:
+      >>> from entangle import transforms
+      >>> from entangle.transforms.table import made
+      >>> made(transforms.band, "the band", {"width": 1.0})
+      Traceback (most recent call last):
+      entangle.errors.UserError: the band: no setting 'width'; it has inset
+    """
     known = inspect.signature(make).parameters
     for setting in settings:
         if setting not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
-            raise UserError(f"weighting {name!r}: no setting {setting!r}; {has}")
+            raise UserError(f"{what}: no setting {setting!r}; {has}")
     try:
         return make(**settings)
     except ValueError as error:
-        raise UserError(f"weighting {name!r}: {error}") from None
+        raise UserError(f"{what}: {error}") from None

@@ -175,11 +175,40 @@ def check(name: str, value: Any, low: float, high: float, *, with_low: bool = Fa
         raise ValueError(f"{name}: {value:g} is not in {range_}")
 
 
+def fixed(chosen: float = 1.0, rejected: float = 1.0) -> Weighting:
+    """Two constants; ``fixed(chosen=0)`` only lowers the rejected side, which is the baseline of unlearning.
+
+    Scope: what is promised for :func:`margin` holds for equal constants.
+
+    Args:
+      chosen: x, finite.
+      rejected: y, finite.
+
+    Raises:
+      ValueError: a constant is not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle import transforms
+      >>> from entangle.types import PairGeometry
+      >>> [float(w) for w in transforms.fixed(chosen=0.0)(PairGeometry(*(jnp.array(x) for x in (4.0, 9.0, 1.0))))]
+      [0.0, 1.0]
+    """
+    check("chosen", chosen, -float("inf"), float("inf"))
+    check("rejected", rejected, -float("inf"), float("inf"))
+
+    def weighting(gram: PairGeometry) -> PairWeights:
+        like = gram.inner_product
+        return PairWeights(*(jnp.broadcast_to(jnp.asarray(w, like.dtype), like.shape) for w in (chosen, rejected)))
+
+    return weighting
+
+
 def margin() -> Weighting:
     """The objective's own combination, (1, 1): the chain is then exactly the ordinary gradient step.
 
-        Scope: the margin of the batch does not fall to first order under a plain gradient step, as for every objective with
-        equal coefficients; both log-probabilities may fall or rise together (arXiv 2410.13828, section 3).
+    Scope: the margin of the batch does not fall to first order under a plain gradient step, as for every objective with
+    equal coefficients; both log-probabilities may fall or rise together (arXiv 2410.13828, section 3).
 
     Example:
       >>> import jax.numpy as jnp
@@ -188,9 +217,4 @@ def margin() -> Weighting:
       >>> [float(w) for w in transforms.margin()(PairGeometry(*(jnp.array(x) for x in (4.0, 9.0, 1.0))))]
       [1.0, 1.0]
     """
-
-    def weighting(gram: PairGeometry) -> PairWeights:
-        one = jnp.ones_like(gram.inner_product)
-        return PairWeights(one, one)
-
-    return weighting
+    return fixed()
