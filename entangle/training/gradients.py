@@ -216,6 +216,24 @@ def likelihood_gradients(token_log_probs_fn: Callable[[Params, jax.Array], jax.A
     return gradients
 
 
+def ruled(pair_rule: PairRule | None, d: Coefficients, pull_back: Callable[..., Any]) -> Coefficients:
+    """The coefficients that a per-pair rule makes of others, with the geometry from a pull-back of its own.
+
+    Args:
+      pair_rule: None leaves them as they are.
+      d: fields ``[B]``.
+      pull_back: of ``geometry.vjp_with_geometry``.
+    """
+    # the geometry does not depend on the coefficients
+    return d if pair_rule is None else pair_rule(d, pull_back(*d)[1])
+
+
+def refuse_rule_without_geometry(pair_rule: PairRule | None, with_geometry: bool) -> None:
+    """Raise a ValueError for a rule that would not get what it needs."""
+    if pair_rule is not None and not with_geometry:
+        raise ValueError("a per-pair rule needs the geometry of every pair: set with_geometry=True")
+
+
 def preference_gradients(
     log_prob_fn: LogProbFn,
     objective: Objective,
@@ -253,8 +271,7 @@ def preference_gradients(
       >>> result.metrics["geometry/cosine"].tolist(), result.metrics["case/ideal"].tolist()
       ([0.0], [1.0])
     """
-    if pair_rule is not None and not with_geometry:
-        raise ValueError("a per-pair rule needs the geometry of every pair: set with_geometry=True")
+    refuse_rule_without_geometry(pair_rule, with_geometry)
     objective, scale = as_objective(objective), reward_scale(objective)
     vjp: Any = functools.partial(geometry.vjp_with_geometry, apart=True) if with_geometry else geometry.pair_vjp
 
@@ -275,8 +292,7 @@ def preference_gradients(
             loss, d = losses.loss_and_coefficients(now, lp)
         metrics = likelihood_metrics(lp, loss, d, scale)
         if with_geometry:
-            if pair_rule is not None:
-                d = pair_rule(d, pull_back(*d)[1])  # the geometry does not depend on the coefficients
+            d = ruled(pair_rule, d, pull_back)
             pair_gradients, s = pull_back(*d)
             metrics |= geometry_metrics(s, d, learning_rate)
         else:

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from entangle import geometry, losses
-from entangle.training.gradients import GradientFn, GradientResult, PreferenceExamples, updated_reference
+from entangle.training.gradients import (
+    GradientFn,
+    GradientResult,
+    PairRule,
+    PreferenceExamples,
+    refuse_rule_without_geometry,
+    ruled,
+    updated_reference,
+)
 from entangle.training.metrics import geometry_metrics
 from entangle.training.references import Reference
 from entangle.types import PairBatch, Params
@@ -25,6 +33,7 @@ def row_gradients(
     reference: Reference,
     *,
     with_geometry: bool = True,
+    pair_rule: PairRule | None = None,
 ) -> GradientFn:
     """The two sides' gradients of an objective of rows, apart, and their exact geometry in every pair.
 
@@ -37,10 +46,15 @@ def row_gradients(
       objective: a function of what rows_fn returns to losses ``[B]``, e.g. ``losses.tdpo2``, or one with masks.
       reference: scored inside the step; begin its memory with ``preference_memory(objective, params, reference)``.
       with_geometry: log the geometry; it comes with the same backward.
+      pair_rule: per-pair rule on the two weighed rows; it needs the geometry, sees it with coefficients of 1, and
+        ``weighed/predicted/...`` and ``weighed/case/...`` are logged after it.
 
     Returns:
       A GradientFn over PreferenceExamples whose gradients are PairGradients. It costs a forward more than
       ``preference_gradients``: the coefficients have to be known before the weighed rows can be pulled back.
+
+    Raises:
+      ValueError: a pair rule without geometry.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -57,6 +71,7 @@ def row_gradients(
       >>> f"{result.losses[0]:.4f}", f"{result.gradients.chosen[1]:.4f}"  # log 2; beta / 2 of 1 - 1 / 3
       ('0.6931', '0.0333')
     """
+    refuse_rule_without_geometry(pair_rule, with_geometry)
     vjp: Any = functools.partial(geometry.vjp_with_geometry, apart=True) if with_geometry else geometry.pair_vjp
 
     def gradients(
@@ -75,8 +90,9 @@ def row_gradients(
         ones = jnp.ones_like(loss)
         metrics = {"loss": loss, "learning_rate": learning_rate}
         if with_geometry:
-            pair_gradients, s = pull_back(ones, ones)
-            found = geometry_metrics(s, losses.Coefficients(ones, ones), learning_rate)
+            d = ruled(pair_rule, losses.Coefficients(ones, ones), pull_back)
+            pair_gradients, s = pull_back(*d)
+            found = geometry_metrics(s, d, learning_rate)
             metrics |= {f"weighed/{name}": values for name, values in found.items()}
         else:
             pair_gradients = pull_back(ones, ones)

@@ -17,6 +17,7 @@ from entangle.transforms.weightings import (
     norms,
     of_norms,
     root,
+    rounding,
 )
 from entangle.types import PairGeometry
 
@@ -184,7 +185,8 @@ def gradvac_ema(decay: float = 0.99) -> RunningWeighting:
         x, y = _both_towards(n1, n2, _vaccine(k, target))
         share = jnp.asarray(decay, k.dtype)
         # a step that is not finite is refused by its weights; the memory outlives it
-        following = jnp.where(jnp.isfinite(k), share * target + (1 - share) * k, target)
+        usable = jnp.isfinite(nan_unless_finite(gram, k))
+        following = jnp.where(usable, share * target + (1 - share) * k, target)
         return PairWeights(nan_unless_finite(gram, x), nan_unless_finite(gram, y)), following
 
     return RunningWeighting(lambda gram: jnp.zeros_like(gram.inner_product), update)
@@ -196,5 +198,6 @@ def _both_towards(n1: jax.Array, n2: jax.Array, share: jax.Array) -> tuple[jax.A
 
 
 def _vaccine(k: jax.Array, target: jax.Array) -> jax.Array:
-    sine = jnp.maximum(1 - k * k, 0) / jnp.maximum(1 - target * target, jnp.finfo(k.dtype).tiny)
+    # a target of 1, to which the average may round, is out of reach: the share stays finite
+    sine = jnp.maximum(1 - k * k, 0) / jnp.maximum(1 - target * target, rounding(k))
     return jnp.where(k < target, target * root(sine) - k, 0)

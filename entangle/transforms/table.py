@@ -37,39 +37,67 @@ class Entry(NamedTuple):
     Attributes:
       make: its factory; every argument has a default.
       promises: what it keeps.
+      weights: x and y as Python expressions in n1 = |chosen|, n2 = |rejected|, both positive, the cosine k of chosen and
+        -rejected, above -1, and the factory's arguments; of weightings with a memory those of the first step.
     """
 
     make: Callable[..., Weighting | RunningWeighting]
     promises: Promises
+    weights: tuple[str, str]
 
 
 _IDEAL = Promises(chosen=True, rejected=True, margin=True, symmetric=True, degree=1)
 _MARGIN = _IDEAL._replace(chosen=False, rejected=False)
 _NOTHING = _MARGIN._replace(margin=False)
+_CENTRE = ("sqrt(n2/n1)", "sqrt(n1/n2)")
+_PROJECTED = ("1 + max(-k, 0)*n2/n1", "1 + max(-k, 0)*n1/n2")
+_BAND = "clip(n1/n2, (-k)**(1 - inset), (-k)**(inset - 1))"
+_VACCINE = "where(k < target, target*sqrt((1 - k*k)/(1 - target*target)) - k, 0)"
+_SHORTEST = "clip(n2*(n2 - k*n1)/(n1*n1 + n2*n2 - 2*k*n1*n2), 0, 1)"
+# the smaller eigenvalue of the Gram over its determinant, times its trace and twice its volume
+_ALIGNED = (
+    "/(2*sqrt((n1*n1 + n2*n2 + sqrt((n1*n1 - n2*n2)**2 + (2*k*n1*n2)**2))/2)"
+    "*sqrt(n1*n1 + n2*n2 + 2*n1*n2*sqrt(1 - k*k)))"
+)
 
 WEIGHTINGS: Mapping[str, Entry] = MappingProxyType(
     {
-        "margin": Entry(weightings.margin, _MARGIN),
-        "fixed": Entry(weightings.fixed, _MARGIN),
-        "normalized": Entry(bisectors.normalized, _IDEAL._replace(degree=0)),
-        "scale_preserving": Entry(bisectors.scale_preserving, _IDEAL),
-        "reward_calibrated": Entry(bands.reward_calibrated, _NOTHING),
-        "band": Entry(bands.band, _IDEAL),
-        "pcgrad": Entry(surgery.pcgrad, _IDEAL),
-        "upgrad": Entry(surgery.upgrad, _IDEAL),
-        "one_sided": Entry(surgery.one_sided, _NOTHING._replace(chosen=True, symmetric=False)),
-        "dual_projection": Entry(surgery.dual_projection, _IDEAL),
-        "mgda": Entry(min_norm.mgda, _IDEAL),
-        "nash": Entry(bisectors.nash, _IDEAL._replace(degree=0)),
-        "imtl_g": Entry(bisectors.imtl_g, _IDEAL),
-        "config": Entry(bisectors.config, _IDEAL),
-        "gradvac": Entry(surgery.gradvac, _IDEAL),
-        "gradvac_ema": Entry(surgery.gradvac_ema, _NOTHING),
-        "cagrad": Entry(min_norm.cagrad, _MARGIN),
-        "aligned_mtl": Entry(min_norm.aligned_mtl, _MARGIN),
+        "margin": Entry(weightings.margin, _MARGIN, ("1", "1")),
+        "fixed": Entry(weightings.fixed, _MARGIN, ("chosen", "rejected")),
+        "normalized": Entry(bisectors.normalized, _IDEAL._replace(degree=0), ("1/n1", "1/n2")),
+        "scale_preserving": Entry(bisectors.scale_preserving, _IDEAL, _CENTRE),
+        "reward_calibrated": Entry(bands.reward_calibrated, _NOTHING, _CENTRE),
+        "band": Entry(
+            bands.band,
+            _IDEAL,
+            (f"where(k < 0, sqrt({_BAND}*n2/n1), 1)", f"where(k < 0, sqrt(n1/n2/{_BAND}), 1)"),
+        ),
+        "pcgrad": Entry(surgery.pcgrad, _IDEAL, _PROJECTED),
+        "upgrad": Entry(surgery.upgrad, _IDEAL, ("(1 + max(-k, 0)*n2/n1)/2", "(1 + max(-k, 0)*n1/n2)/2")),
+        "one_sided": Entry(surgery.one_sided, _NOTHING._replace(chosen=True, symmetric=False), (_PROJECTED[0], "1")),
+        "dual_projection": Entry(
+            surgery.dual_projection,
+            _IDEAL,
+            ("where(n1 + k*n2 < 0, -k*n2/n1, 1)/2", "where(n2 + k*n1 < 0, -k*n1/n2, 1)/2"),
+        ),
+        "mgda": Entry(min_norm.mgda, _IDEAL, (_SHORTEST, f"1 - {_SHORTEST}")),
+        "nash": Entry(bisectors.nash, _IDEAL._replace(degree=0), ("1/(n1*sqrt(1 + k))", "1/(n2*sqrt(1 + k))")),
+        "imtl_g": Entry(bisectors.imtl_g, _IDEAL, ("n2/(n1 + n2)", "n1/(n1 + n2)")),
+        "config": Entry(bisectors.config, _IDEAL, ("(n1 + n2)/(2*n1)", "(n1 + n2)/(2*n2)")),
+        "gradvac": Entry(surgery.gradvac, _IDEAL, (f"1 + {_VACCINE}*n2/n1", f"1 + {_VACCINE}*n1/n2")),
+        "gradvac_ema": Entry(surgery.gradvac_ema, _NOTHING, _PROJECTED),
+        "cagrad": Entry(min_norm.cagrad, _MARGIN, ("1/2 + c*g0/gt*t", "1/2 + c*g0/gt*(1 - t)")),
+        "aligned_mtl": Entry(
+            min_norm.aligned_mtl,
+            _MARGIN,
+            (
+                f"(n2*n2 + n1*n2*(sqrt(1 - k*k) - k)){_ALIGNED}",
+                f"(n1*n1 + n1*n2*(sqrt(1 - k*k) - k)){_ALIGNED}",
+            ),
+        ),
     }
 )
-"""Name -> factory and promises, at its default settings."""
+"""Name -> factory, promises and formula, at its default settings."""
 
 
 def get_weighting(name: str, **settings: float) -> Weighting | RunningWeighting:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from entangle import losses
 from entangle.losses.hyperparameters import ranges
 from scripts.reference.formulas import Formulas, parse
+from scripts.reference.page import ROOT, flowing, paragraphs, source, write_or_check
 
-PAGE = Path(__file__).resolve().parents[2] / "entangle" / "losses" / "README.md"
+PAGE = ROOT / "entangle" / "losses" / "README.md"
 
 USE = """
 Ranges of hyperparameters are checked where objectives are looked up by name (`losses.get_objective`, command lines), not at
@@ -70,15 +68,7 @@ LEFT_OUT = """\
 
 def main() -> None:
     """Write the page, or say that it differs (status 1)."""
-    parser = argparse.ArgumentParser(description="The reference page of the objectives.")
-    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
-    check = parser.parse_args().check
-    page = render()
-    if not check:
-        PAGE.write_text(page, encoding="utf-8")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
-        print(f"{PAGE.name} is not what the code says: run python -m scripts.reference.objectives", file=sys.stderr)
-        raise SystemExit(1)
+    write_or_check(PAGE, render(), "scripts.reference.objectives")
 
 
 def render() -> str:
@@ -156,21 +146,17 @@ def _sections(table: Mapping[str, Callable[..., Any]]) -> Iterator[str]:
             f"`{p}`" + (f" = {default}" if default else "") + (f" in {within}" if within else "")
             for p, default, within in _hyperparameters(objective)
         ]
-        yield f"Hyperparameters: {', '.join(found) or 'none'}. Source: {_source(doc)}\n"
+        yield f"Hyperparameters: {', '.join(found) or 'none'}. Source: {source(doc)}\n"
 
 
 def _prose(doc: str) -> Iterator[str]:
     """Summary, formulas and remarks: all that stands before the section of arguments."""
-    for paragraph in doc.split("\n\nArgs:")[0].split("\n\n"):
+    for paragraph in paragraphs(doc):
         if paragraph.startswith("Formulas:"):
             block = inspect.cleandoc(paragraph.removeprefix("Formulas:"))
             yield f"```text\n{block}\n```"
         else:
-            yield " ".join(paragraph.split()).replace("``", "`")
-
-
-def _source(doc: str) -> str:
-    return " ".join(doc.split("References:")[1].split("\n\n")[0].split())
+            yield flowing(paragraph)
 
 
 if __name__ == "__main__":

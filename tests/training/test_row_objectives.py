@@ -155,3 +155,43 @@ def test_masks_trained_with_the_policy_let_go_of_shared_tokens_and_keep_the_cont
 def test_without_the_l1_term_masks_are_not_sparse():
     masks, _, shared = trained_masks(sparsity=0.0, least_share=0.0)
     assert masks[shared].mean() > 0.5
+
+
+@pytest.mark.parametrize("name", ["ld_dpo", "tdpo1"])
+@pytest.mark.usefixtures("x64")
+def test_a_pair_rule_makes_every_pair_of_a_token_objective_ideal(name):
+    """Of the two weighed rows: with PCGrad neither side of a pair's own gradient step moves the wrong way."""
+    rows_fn, objective, params, ref = cases()[name]
+    params, ref = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (params, ref))
+    reference = training.frozen_copy()
+    memory = training.preference_memory(objective, ref, reference)
+    # the rejected response is the chosen one, gone on with: the same tokens, and more of them
+    tokens = PAIRS.tokens.at[:, 1].set(PAIRS.tokens[:, 0])
+    place = jnp.arange(10)
+    mask = jnp.stack([(place >= 3) & (place < end) for end in (6, 10)])
+    examples = training.PreferenceExamples(PairBatch(tokens, jnp.broadcast_to(mask, tokens.shape)))
+
+    def metrics(rule):
+        return jax.jit(row_gradients(rows_fn, objective, reference, pair_rule=rule))(params, examples, RATE, memory)
+
+    plain, mended = metrics(None), metrics(transforms.per_pair(transforms.pcgrad()))
+    assert np.all(mended.metrics["weighed/predicted/chosen"] >= 0)
+    assert np.all(mended.metrics["weighed/predicted/rejected"] <= 0)
+    s = [plain.metrics[f"weighed/geometry/{key}"] for key in ("chosen_norm", "rejected_norm", "inner_product")]
+    # 1 + max(e, 0) / a times each side's gradient; what is promised is not kept by the plain one in every pair
+    x = 1 + np.maximum(s[2], 0) / np.asarray(s[0]) ** 2
+    np.testing.assert_allclose(
+        mended.metrics["weighed/predicted/chosen"],
+        float(RATE) * (x * s[0] ** 2 - (1 + np.maximum(s[2], 0) / np.asarray(s[1]) ** 2) * s[2]),
+        rtol=1e-8,
+        atol=1e-12,
+    )
+    assert not np.all(
+        (plain.metrics["weighed/predicted/chosen"] >= 0) & (plain.metrics["weighed/predicted/rejected"] <= 0)
+    )
+
+
+def test_a_pair_rule_without_geometry_is_refused():
+    rule = transforms.per_pair(transforms.pcgrad())
+    with pytest.raises(ValueError, match="needs the geometry"):
+        row_gradients(STATISTICS, losses.tdpo1, training.frozen_copy(), with_geometry=False, pair_rule=rule)
