@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from entangle import transforms
 from entangle.geometry import PairChanges, first_order_changes, inner_product, step_changes
 from entangle.training.gradients import GradientFn
 from entangle.training.metrics import Metrics, change_metrics, combination_metrics, means
+from entangle.transforms.chains import naming_the_fix, require_combined
 from entangle.types import LogProbFn, PairGradients, Params
 
 
@@ -104,9 +104,9 @@ def make_step(
     def step(state: TrainState, batch: Any, probe: Any = None) -> tuple[TrainState, StepResult]:
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         result = gradient_fn(state.params, batch, learning_rate, state.memory)
-        with transforms.naming_the_fix("a transform of the optax chain"):
+        with naming_the_fix("a transform of the optax chain"):
             updates, opt_state = tx.update(result.gradients, state.opt_state, state.params)
-        transforms.require_combined(updates)
+        require_combined(updates)
         params = optax.apply_updates(state.params, updates)
         metrics = dict(result.metrics)
         if log_prob_fn is not None:

@@ -3,13 +3,7 @@
 from entangle.transforms.bands import CalibrationMemory, band, reward_calibrated
 from entangle.transforms.bisectors import config, imtl_g, nash, normalized, scale_preserving
 from entangle.transforms.bridges import aggregate_pair, pair_aggregator, stack_pair, unstack_pair
-from entangle.transforms.chains import (
-    AccumulatePairsState,
-    accumulate_pairs,
-    chain_pair,
-    naming_the_fix,
-    require_combined,
-)
+from entangle.transforms.chains import AccumulatePairsState, accumulate_pairs, chain_pair
 from entangle.transforms.combine import CombinePairState, combine_pair, combined
 from entangle.transforms.groups import (
     CombineGroupsState,
@@ -69,7 +63,6 @@ __all__ = [
     "imtl_g",
     "margin",
     "mgda",
-    "naming_the_fix",
     "nash",
     "normalize_coefficients",
     "normalized",
@@ -80,7 +73,6 @@ __all__ = [
     "project_retain",
     "projected_on_last",
     "protect_chosen",
-    "require_combined",
     "retain_invariant",
     "reward_calibrated",
     "scale_preserving",

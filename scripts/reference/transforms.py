@@ -29,7 +29,8 @@ tx = optax.chain(
     optax.clip_by_global_norm(1.0),
     optax.adamw(5e-6),
 )
-gradients = PairGradients(chosen, rejected)  # mean(d_w grad log pi_w), mean(d_l grad log pi_l): trees like the parameters
+# mean(d_w grad log pi_w) and mean(d_l grad log pi_l): trees like the parameters
+gradients = PairGradients(chosen, rejected)
 updates, state = tx.update(gradients, state, params)
 ```
 
