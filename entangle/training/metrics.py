@@ -139,7 +139,7 @@ def combination_metrics(opt_state: Any) -> Metrics:
     Returns:
       Name to scalar: ``weight/chosen`` and ``weight/rejected``, and of the two weighed means ``combined/chosen_norm``,
       ``combined/rejected_norm`` and ``combined/cosine``; with groups ``weight/chosen/GROUP`` and so on, means over the layers
-      of stacked ones.
+      of stacked ones. Of a projection ``retain/removed``, the share of the step's squared length that it took.
 
     Example:
       >>> import jax.numpy as jnp
@@ -163,6 +163,8 @@ def combination_metrics(opt_state: Any) -> Metrics:
                 "combined/cosine": geometry.cosine(s),
             }
             metrics |= {name + (f"/{group}" if group else ""): jnp.mean(value) for name, value in found.items()}
+    for kept in transforms.retained(opt_state):
+        metrics["retain/removed"] = kept.removed
     return metrics
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import NamedTuple
 
 import optax
@@ -66,7 +67,9 @@ def pair_chain(name: str, **settings: float) -> PairChain:
       (False, True)
     """
     if name not in pair_chains():
-        raise UserError(f"unknown pair chain {name!r}: choose one of {', '.join(pair_chains())}")
+        near = difflib.get_close_matches(name, pair_chains(), 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"unknown pair chain {name!r}{hint}: choose one of {', '.join(pair_chains())}")
     if name in _HEADS:
         return PairChain(made(_HEADS[name], f"pair chain {name!r}", settings))
     plain = name.removeprefix(_PAIRWISE)

@@ -23,6 +23,7 @@ from entangle.transforms.retain import (
     project_retain,
     protect_chosen,
     retain_invariant,
+    retained,
 )
 from entangle.transforms.surgery import dual_projection, gradvac, gradvac_ema, one_sided, pcgrad, upgrad
 from entangle.transforms.table import WEIGHTINGS, Entry, Promises, get_weighting
@@ -74,6 +75,7 @@ __all__ = [
     "projected_on_last",
     "protect_chosen",
     "retain_invariant",
+    "retained",
     "reward_calibrated",
     "scale_preserving",
     "soft_aggregation",

@@ -82,7 +82,7 @@ def reward_calibrated(decay: float = 0.98) -> RunningWeighting:
     The first step begins the average; a step with a zero gradient leaves it as it is.
 
     Scope: nothing is promised at a single step, since the average lags; without it (decay 0) the promises are those of
-    :func:`entangle.transforms.scale_preserving`, which it is then.
+    :func:`entangle.transforms.scale_preserving`, which it then is wherever no gradient is zero.
 
     Args:
       decay: share of the old average that is kept at every step, in [0, 1).

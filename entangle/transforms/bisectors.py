@@ -126,8 +126,9 @@ def config() -> Weighting:
 def nash() -> Weighting:
     """The Nash bargaining solution: the weights with ``G w = 1 / w``, so that both log-gains add up to the most.
 
-    For two gradients ``w = 1 / (|g| sqrt(1 + k))``. The step has length sqrt(2) for every Gram, so it needs a learning rate
-    of its own. Where the gradients are opposite, to rounding, no direction helps both: the weights are 0.
+    For two gradients ``w = 1 / (|g| sqrt(1 + k))``. The step has length sqrt(2) whatever their norms and cosine, so it needs a
+    learning rate of its own. Where the gradients are opposite, to rounding, no direction helps both: the weights are 0.
+    Where one is zero the step is the other's unit vector.
 
     Scope: the two batch means.
 

@@ -39,6 +39,7 @@ def unstack_pair(rows: Params) -> PairGradients:
       rows: tree of leaves ``[2, ...]``.
 
     Raises:
+      TypeError: the rows are PairGradients already.
       ValueError: a leaf has another leading axis.
 
     Example:
@@ -47,6 +48,8 @@ def unstack_pair(rows: Params) -> PairGradients:
       >>> transforms.unstack_pair(jnp.array([[-1.0], [3.0]])).chosen.tolist()
       [1.0]
     """
+    if isinstance(rows, PairGradients):
+        raise TypeError("unstack_pair takes leaves [2, ...]: stack_pair(gradients) makes them of PairGradients")
     shapes = sorted({leaf.shape[:1] for leaf in jax.tree.leaves(rows)} - {(2,)})
     if shapes:
         raise ValueError(f"unstack_pair: leaves need the leading axis of 2 rows, -chosen and rejected; got {shapes}")

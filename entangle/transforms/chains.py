@@ -46,7 +46,6 @@ def chain_pair(*transforms: optax.GradientTransformation) -> optax.GradientTrans
     steps = [optax.with_extra_args_support(t) for t in transforms]
 
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra_args: Any) -> tuple[Params, Any]:
-        require_pair(updates, "chain_pair")
         if len(state) != len(steps):
             raise ValueError(f"the state is of a chain of {len(state)} transforms, this one has {len(steps)}")
         states = []
@@ -157,8 +156,10 @@ def accumulate_pairs(inner: optax.GradientTransformation, every: int) -> optax.G
     inner = optax.with_extra_args_support(inner)
 
     def zeros(params: Params) -> PairGradients:
-        tree = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, accumulator_dtype(leaf)), params)
-        return PairGradients(tree, tree)
+        # arrays of their own for both: what shares a buffer cannot be donated
+        return PairGradients(
+            *(jax.tree.map(lambda leaf: jnp.zeros_like(leaf, accumulator_dtype(leaf)), params) for _ in range(2))
+        )
 
     def init_fn(params: Params) -> AccumulatePairsState:
         return AccumulatePairsState(jnp.zeros((), jnp.int32), zeros(params), inner.init(params))
@@ -178,10 +179,16 @@ def accumulate_pairs(inner: optax.GradientTransformation, every: int) -> optax.G
         def step(mean: PairGradients, inside: Any) -> tuple[Params, AccumulatePairsState]:
             narrow = PairGradients(*(jax.tree.map(lambda m, g: m.astype(g.dtype), side, like) for side in mean))
             out, after = inner.update(narrow, inside, params, **extra_args)
+            require_combined(out)
+            # as MultiSteps does where gradients are narrower or wider than parameters: the state keeps its dtypes
+            after = jax.tree.map(lambda new, old: jnp.asarray(new).astype(jnp.asarray(old).dtype), after, inside)
             return out, AccumulatePairsState(jnp.zeros_like(seen), jax.tree.map(jnp.zeros_like, mean), after)
 
         def wait(mean: PairGradients, inside: Any) -> tuple[Params, AccumulatePairsState]:
-            return jax.tree.map(jnp.zeros_like, like), AccumulatePairsState(seen, mean, inside)
+            # like what a step gives, whatever dtype that is, and where the gradients lie
+            given = jax.eval_shape(step, mean, inside)[0]
+            out = jax.tree.map(lambda s, g: jnp.zeros_like(g, s.dtype), given, like)
+            return out, AccumulatePairsState(seen, mean, inside)
 
         return jax.lax.cond(seen == every, step, wait, mean, state.inner)
 

@@ -38,6 +38,7 @@ def combine_pair(
     *,
     group: Callable[[str], str] | None = None,
     stacked: Callable[[str], bool] | None = None,
+    where: Callable[[str], bool] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Combine PairGradients into ``y rejected - x chosen``, the descent gradient that the rest of an optax chain expects.
 
@@ -51,17 +52,19 @@ def combine_pair(
       weighting: from the Gram of the two gradients to the weights (x, y); with ``group`` also one for every group by name.
       group: a parameter's path, as ``jax.tree_util.keystr(path, simple=True, separator="/")`` writes it, to the name of its
         group: ``lambda path: path`` is a group for every parameter, ``lambda path: path.split("/")[0]`` one for every block.
+      where: path to whether the parameter is trained; the others are in no Gram and get zero. Name them here when a
+        transform after the head freezes them: a Gram that counts what never moves promises nothing.
       stacked: path to whether the parameter's leading axis is the layers of a scan: every layer is then a group of its own,
-        within its group if there are groups.
+        within its group. Parameters beside the stack need other groups.
 
     Returns:
       An optax transform whose updates are PairGradients going in and a tree like the parameters coming out, leaf
       dtypes kept; its state is a CombinePairState, which :func:`combined` finds in the chain's state.
 
     Raises:
-      TypeError: at trace time, when the updates are not PairGradients.
+      TypeError: the weighting is none; or, at trace time, the updates are not PairGradients.
       ValueError: at init, when a group has no weighting or a weighting no group, or when parameters of one group have
-        different numbers of layers.
+        different numbers of layers; at trace time, when chosen and rejected are not alike.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -86,8 +89,11 @@ def combine_pair(
     if isinstance(weighting, Mapping) and group is None:
         raise ValueError("weightings by name of a group need group, a function of a parameter's path to its name")
 
+    for one in weighting.values() if isinstance(weighting, Mapping) else [weighting]:
+        as_running(one)  # refuses what is none, before anything is compiled
+
     def parts(params: Params) -> dict[str, _Part]:
-        return _parts(params, group or (lambda path: _ALL), stacked or (lambda path: False))
+        return _parts(params, group or (lambda path: _ALL), stacked, where or (lambda path: True))
 
     def weighting_of(name: str) -> RunningWeighting:
         return as_running(weighting[name] if isinstance(weighting, Mapping) else weighting)
@@ -95,14 +101,18 @@ def combine_pair(
     def shown(by_name: dict[str, Any]) -> Any:
         return by_name if group is not None else by_name[_ALL]
 
+    def zeros(part: _Part, dtype: jnp.dtype, kind: Any) -> Any:
+        # an array each: what shares a buffer cannot be donated
+        return kind(*(jnp.zeros(() if part.layers is None else part.layers, dtype) for _ in kind._fields))
+
     def init_fn(params: Params) -> CombinePairState:
         found = parts(params)
         if isinstance(weighting, Mapping) and set(weighting) != set(found):
             raise ValueError(f"weightings are for the groups {sorted(weighting)}, the parameters' are {sorted(found)}")
-        dtype = accumulator_dtype(params)
-        zeros = {name: jnp.zeros(() if part.layers is None else part.layers, dtype) for name, part in found.items()}
-        grams = {name: PairGeometry(zero, zero, zero) for name, zero in zeros.items()}
-        weights = {name: PairWeights(zero, zero) for name, zero in zeros.items()}
+        leaves = jax.tree.leaves(params)
+        dtypes = {name: accumulator_dtype([leaves[i] for i in part.leaves]) for name, part in found.items()}
+        grams = {name: zeros(part, dtypes[name], PairGeometry) for name, part in found.items()}
+        weights = {name: zeros(part, dtypes[name], PairWeights) for name, part in found.items()}
         memory = {name: weighting_of(name).init(g) for name, g in grams.items()}
         return CombinePairState(shown(grams), shown(weights), shown(memory))
 
@@ -113,14 +123,18 @@ def combine_pair(
         require_pair(updates, "combine_pair")
         chosen, tree = jax.tree.flatten(updates.chosen)
         rejected = jax.tree.leaves(updates.rejected)
-        result = [*chosen]
+        result = [jnp.zeros_like(leaf) for leaf in chosen]
         grams, weights, memory = {}, {}, {}
         for name, part in parts(updates.chosen).items():
             two = PairGradients([chosen[i] for i in part.leaves], [rejected[i] for i in part.leaves])
-            grams[name] = gram(two, leading_axes=0 if part.layers is None else 1)
-            before = state.memory[name] if group is not None else state.memory
-            found, memory[name] = weighting_of(name).update(grams[name], before)
-            weights[name] = PairWeights(*(jnp.asarray(w, grams[name].inner_product.dtype) for w in found))
+            fields: tuple[Any, ...] = tuple(state)
+            before: Any = state if group is None else CombinePairState(*(field[name] for field in fields))
+            # in the dtype of the state, which is the parameters', where gradients are narrower or wider
+            dtype = before.gram.inner_product.dtype
+            products = gram(two, leading_axes=0 if part.layers is None else 1)
+            grams[name] = PairGeometry(*(x.astype(dtype) for x in products))
+            found, memory[name] = weighting_of(name).update(grams[name], before.memory)
+            weights[name] = PairWeights(*(jnp.asarray(w).astype(dtype) for w in found))
             for i in part.leaves:
                 result[i] = weighed(weights[name], chosen[i], rejected[i])
         return jax.tree.unflatten(tree, result), CombinePairState(shown(grams), shown(weights), shown(memory))
@@ -146,16 +160,23 @@ def combined(opt_state: Any) -> list[CombinePairState]:
 
 
 def require_pair(updates: Any, name: str) -> None:
-    """Refuse updates that are not PairGradients, naming what to do.
+    """Refuse updates that are not PairGradients, naming what to do, and those whose two trees are not alike.
 
     Raises:
       TypeError: they are something else.
+      ValueError: the two trees have other leaves, or leaves of other shapes.
     """
     if not isinstance(updates, PairGradients):
         raise TypeError(
             f"{name} takes PairGradients, got {type(updates).__name__}: "
             "put it first in the chain and pass PairGradients(chosen, rejected) as the updates"
         )
+    shapes = [{jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in _with_paths(side)} for side in updates]
+    structures: list[Any] = [jax.tree.structure(side) for side in updates]
+    if shapes[0] != shapes[1] or structures[0] != structures[1]:
+        apart = [path for path in {**shapes[0], **shapes[1]} if shapes[0].get(path) != shapes[1].get(path)]
+        where = f": {apart[0]} is {shapes[0].get(apart[0])} and {shapes[1].get(apart[0])}" if apart else ""
+        raise ValueError(f"{name}: chosen and rejected are not trees of one structure and shapes{where}")
 
 
 def weighed(weights: PairWeights, chosen: jax.Array, rejected: jax.Array) -> jax.Array:
@@ -175,15 +196,36 @@ class _Part(NamedTuple):
     layers: int | None
 
 
-def _parts(params: Params, group: Callable[[str], str], stacked: Callable[[str], bool]) -> dict[str, _Part]:
+def _with_paths(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _parts(
+    params: Params,
+    group: Callable[[str], str],
+    stacked: Callable[[str], bool] | None,
+    where: Callable[[str], bool],
+) -> dict[str, _Part]:
     parts: dict[str, _Part] = {}
-    for index, (key_path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+    for index, (key_path, leaf) in enumerate(_with_paths(params)):
         path = jax.tree_util.keystr(key_path, simple=True, separator="/")
-        layers = leaf.shape[0] if stacked(path) else None
+        if not where(path):
+            continue
+        in_stack = stacked is not None and stacked(path)
+        if in_stack and not leaf.shape:
+            raise ValueError(f"{path} is a scalar, and has no axis of layers")
+        layers = leaf.shape[0] if in_stack else None
         part = parts.setdefault(group(path), _Part([], layers))
         if part.layers != layers:
-            raise ValueError(f"{path} has {_counted(layers)}, others of group {group(path)!r} {_counted(part.layers)}")
+            raise ValueError(
+                f"{path} has {_counted(layers)}, others of group {group(path)!r} {_counted(part.layers)}: give them groups of "
+                'their own, as group=lambda path: path.split("/")[0] does'
+            )
         part.leaves.append(index)
+    if stacked is not None and all(part.layers is None for part in parts.values()):
+        raise ValueError("stacked says so of no parameter")
+    if not parts:
+        raise ValueError("no parameters are trained: the tree is empty, or where says so of all")
     return parts
 
 

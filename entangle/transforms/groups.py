@@ -7,6 +7,7 @@ weighted sum of the rows.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,6 +58,11 @@ def combine_groups(weighting: GroupWeighting, groups: int) -> optax.GradientTran
       >>> updates.tolist()  # the group with the larger loss weighs more
       [-0.75, -0.25]
     """
+    if not callable(weighting) or len(inspect.signature(weighting).parameters) != 2:
+        raise TypeError(
+            "combine_groups takes a rule for groups, a function of Gram and losses, such as soft_aggregation(); "
+            "weightings of pairs are for combine_pair"
+        )
     if groups < 1:
         raise ValueError(f"groups: {groups}, at least 1 is needed")
 
@@ -72,21 +78,27 @@ def combine_groups(weighting: GroupWeighting, groups: int) -> optax.GradientTran
         group_losses: jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[Params, CombineGroupsState]:
-        del state, params, extra_args
+        del params, extra_args
         if isinstance(updates, PairGradients):
-            raise TypeError("combine_groups takes leaves [N, ...]: stack_pair(gradients) makes them of PairGradients")
+            raise TypeError(
+                "combine_groups takes leaves [N, ...], a row a group, not PairGradients: a group's row is rejected - chosen; "
+                "stack_pair(gradients) makes a row of each side"
+            )
         shapes = {leaf.shape[:1] for leaf in jax.tree.leaves(updates)}
         if shapes != {(groups,)}:
             raise ValueError(f"combine_groups: leaves need the leading axis of {groups} groups, got {sorted(shapes)}")
         gram = row_gram(updates)
-        weights = jnp.asarray(weighting(gram, group_losses), gram.dtype)
+        losses = None if group_losses is None else jnp.asarray(group_losses)
+        weights = jnp.asarray(weighting(gram, losses), gram.dtype)
 
         def combine(rows: jax.Array) -> jax.Array:
             wide = weights.astype(accumulator_dtype(rows))
             summed = jnp.tensordot(wide, rows.astype(wide.dtype), 1, precision=jax.lax.Precision.HIGHEST)
             return summed.astype(rows.dtype)
 
-        return jax.tree.map(combine, updates), CombineGroupsState(gram, weights)
+        # in the dtype of the state, which is the parameters', where gradients are narrower or wider
+        seen = CombineGroupsState(*(new.astype(old.dtype) for new, old in zip((gram, weights), state, strict=True)))
+        return jax.tree.map(combine, updates), seen
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -166,7 +178,8 @@ def adaptive_balance() -> GroupWeighting:
     """BideDPO's adaptive loss balancing: weights ``L_i / sum_j L_j``, without derivative.
 
     For two decoupled pairs ``w_1 = L_1 / (L_1 + L_2)`` and ``w_2 = 1 - w_1``: the combined update is the gradient of
-    ``w_1 L_1 + w_2 L_2`` with the weights held fixed. Where all losses are zero the groups weigh the same.
+    ``w_1 L_1 + w_2 L_2`` with the weights held fixed. Losses are taken to be 0 or more, as DPO's are; where all are zero the
+    groups weigh the same.
 
     References:
       Zhou et al., BideDPO, arXiv 2511.19268 (adaptive loss balancing).

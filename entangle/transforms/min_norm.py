@@ -131,7 +131,9 @@ def _square(p: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _length(p: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:
-    return root(_square(p, q, k))
+    """Length of the sum of two vectors of norms p, q and cosine k, whatever their scale."""
+    larger = jnp.maximum(p, q)
+    return larger * root(_square(p * inverse(larger), q * inverse(larger), k))
 
 
 def _unclipped(p: jax.Array, q: jax.Array, k: jax.Array) -> jax.Array:

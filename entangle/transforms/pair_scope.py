@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from entangle.losses import Coefficients
-from entangle.transforms.weightings import RunningWeighting, Weighting, inverse, norms
+from entangle.transforms.weightings import RunningWeighting, Weighting, inverse, nan_unless_finite, norms
 from entangle.types import PairGeometry
 
 
@@ -21,7 +21,7 @@ def normalize_coefficients(coefficients: Coefficients, geometry: PairGeometry) -
       geometry: fields ``[B]``, of the same pairs.
 
     Returns:
-      Coefficients of fields ``[B]``; 0 where the gradient is zero.
+      Coefficients of fields ``[B]``; 0 where the gradient is zero, NaN for a pair whose geometry is not finite.
 
     References:
       Yuan et al., arXiv 2410.13828, section 5.
@@ -36,7 +36,8 @@ def normalize_coefficients(coefficients: Coefficients, geometry: PairGeometry) -
       [[0.5], [0.25]]
     """
     chosen, rejected, _ = norms(geometry)
-    return Coefficients(coefficients.chosen * inverse(chosen), coefficients.rejected * inverse(rejected))
+    factors = (nan_unless_finite(geometry, inverse(norm)) for norm in (chosen, rejected))
+    return Coefficients(*(d * factor for d, factor in zip(coefficients, factors, strict=True)))
 
 
 def per_pair(weighting: Weighting) -> Callable[[Coefficients, PairGeometry], Coefficients]:
@@ -46,6 +47,9 @@ def per_pair(weighting: Weighting) -> Callable[[Coefficients, PairGeometry], Coe
     step on that pair alone. The mean over pairs, in which other pairs move this one's log-probabilities too, and an adaptive
     optimizer can break it. The norms of single pairs come with :func:`entangle.geometry.vjp_with_geometry`: one forward,
     pulled back once for the norms and once with the new coefficients.
+
+    Rules of degree 0 (``normalized``, ``nash``) give every pair a step of the same length: the loss's own weighing of the
+    pairs is gone. ``normalize_coefficients`` keeps it.
 
     Args:
       weighting: without memory.

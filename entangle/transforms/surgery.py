@@ -184,8 +184,8 @@ def gradvac_ema(decay: float = 0.99) -> RunningWeighting:
         n1, n2, k = norms(gram)
         x, y = _both_towards(n1, n2, _vaccine(k, target))
         share = jnp.asarray(decay, k.dtype)
-        # a step that is not finite is refused by its weights; the memory outlives it
-        usable = jnp.isfinite(nan_unless_finite(gram, k))
+        # a step that is not finite is refused by its weights; the memory outlives it, as one without a cosine
+        usable = jnp.isfinite(nan_unless_finite(gram, k)) & (n1 > 0) & (n2 > 0)
         following = jnp.where(usable, share * target + (1 - share) * k, target)
         return PairWeights(nan_unless_finite(gram, x), nan_unless_finite(gram, y)), following
 

@@ -118,8 +118,8 @@ def get_weighting(name: str, **settings: float) -> Weighting | RunningWeighting:
     """
     if name not in WEIGHTINGS:
         near = difflib.get_close_matches(name, WEIGHTINGS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"unknown weighting {name!r}{hint} There are {', '.join(WEIGHTINGS)}")
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"unknown weighting {name!r}{hint}: choose one of {', '.join(WEIGHTINGS)}")
     return made(WEIGHTINGS[name].make, f"weighting {name!r}", settings)
 
 

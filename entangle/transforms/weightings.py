@@ -7,6 +7,7 @@ they are in conflict where ``<g1, g2> = -<chosen, rejected>`` is negative.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,7 +58,10 @@ def as_running(weighting: Weighting | RunningWeighting) -> RunningWeighting:
     if isinstance(weighting, RunningWeighting):
         return weighting
     if not callable(weighting):
-        raise TypeError(f"a weighting is a function of the Gram or a RunningWeighting, got {type(weighting).__name__}")
+        hint = f": get_weighting({weighting!r}) finds it" if isinstance(weighting, str) else ""
+        raise TypeError(f"a weighting is a function of the Gram, got {type(weighting).__name__} {weighting!r}{hint}")
+    if getattr(weighting, "__module__", "").startswith("entangle.transforms") and weighting.__name__ != "weighting":
+        raise TypeError(f"{weighting.__name__} makes a weighting: call it, {weighting.__name__}()")
     return RunningWeighting(lambda gram: (), lambda gram, memory: (weighting(gram), memory))
 
 
@@ -162,6 +166,7 @@ def check(name: str, value: Any, low: float, high: float, *, with_low: bool = Fa
     """Refuse a setting outside of its range; what ``optax.inject_hyperparams`` traces is let through.
 
     Raises:
+      TypeError: it is a function.
       ValueError: it is outside, or NaN.
 
     Example:
@@ -170,8 +175,12 @@ def check(name: str, value: Any, low: float, high: float, *, with_low: bool = Fa
       Traceback (most recent call last):
       ValueError: c: 1.5 is not in [0, 1)
     """
+    if callable(value):
+        raise TypeError(
+            f"{name}: a number, not a schedule; optax.inject_hyperparams around the chain follows schedules"
+        )
     range_ = Range(low, high, with_low=with_low, with_high=with_high)
-    if isinstance(value, (int, float)) and not range_.holds(value):
+    if isinstance(value, numbers.Real) and not range_.holds(float(value)):
         raise ValueError(f"{name}: {value:g} is not in {range_}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from scripts.benchmarks import geometry_offline, geometry_step, objectives, step, token_heatmap
+from scripts.benchmarks import geometry_offline, geometry_step, objectives, pair_chain, step, token_heatmap
 from scripts.benchmarks.measuring import Benchmark
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -68,6 +68,17 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         runs=21,
         # each contender against its own uncompiled work
         tolerance=1e-4,
+    ),
+    "pair_chain": Benchmark(
+        summary="optimizer's step of a pair chain, 124 million parameters, float32, against AdamW alone",
+        extra="train",
+        modules=("flax",),
+        packages=("jax", "jaxlib", "optax"),
+        prepare=pair_chain.prepare,
+        warm_up=2,
+        runs=21,
+        # each contender against its own step in NumPy
+        tolerance=1e-3,
     ),
     **{
         f"geometry_step_{name}_{length}": Benchmark(

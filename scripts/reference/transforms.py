@@ -40,12 +40,15 @@ The two gradients come from `geometry.pair_vjp` (one forward and backward of cho
 
 ## Which one?
 
-- To see first: `margin()`; `transforms.combined(state)` reads the Gram and the weights of every step from the chain's state.
-- The paper's remedy: `normalize_coefficients` pair by pair, or `normalized()` for the two batch means. Their steps do not
-  vanish with the loss; `scale_preserving()` has the same direction at the loss's own scale.
+- To see first: `margin()`, and what the head saw: see Logging below.
+- The paper's remedy is `normalize_coefficients`, pair by pair (on command lines `pairwise_normalized`): its step still follows
+  the loss's coefficients. `normalized()` does the same to the two batch means and `per_pair(normalized())` to every pair
+  with the coefficients gone: their steps do not vanish with the loss. `scale_preserving()` has the direction of
+  `normalized()` at the loss's own scale. Gradients of language models have norms far above 1, so normalised rules want
+  learning rates far above the plain ones under SGD.
 - As little intervention as possible: `band()`, which leaves the ideal case alone.
 - Only the chosen side must not fall: `one_sided()`; whatever the optimizer makes of it: `protect_chosen(chain)`.
-- Forget one set and keep another: `project_retain()`, `retain_invariant(chain)`.
+- Forget one set and keep another: `project_retain()` with plain gradient steps; `retain_invariant(chain)` with any optimizer.
 - Several attributes, groups of pairs or losses: `combine_groups`.
 
 ## Weightings
@@ -67,14 +70,26 @@ SCOPES = """\
 |---|---|---|
 | batch | `combine_pair(weighting)` | the two batch sums of log-probabilities, weighed by the coefficients |
 | group | `combine_pair(weighting, group=lambda path: path.split("/")[0])` | each group's share of both sums, so the sums |
-| layer | `combine_pair(weighting, stacked=lambda path: path.startswith("blocks"))` | the same for each layer of a stack |
+| layer | with a group, `stacked=lambda path: path.startswith("blocks")` | the same for each layer of a scan's stack |
 | pair | `per_pair(weighting)` on the coefficients before the mean | every pair under a step on that pair alone |
 
 `group` takes the path of a parameter as `jax.tree_util.keystr(path, simple=True, separator="/")` writes it;
 `combine_pair({"body": pcgrad(), "head": margin()}, group=...)` has a weighting for every group. Every promise is one of first
 order about a plain gradient step with positive coefficients. Adam's metric, momentum and weight decay can break it, other
-pairs of the batch can break the one about pairs, and a step can be too long for first order. `protect_chosen` and
-`retain_invariant` wrap the whole chain and keep theirs under any optimizer.
+pairs of the batch can break the one about pairs, and a step can be too long for first order: where a rule holds a change at
+0 to first order, step after step, curvature moves it all the same. `protect_chosen` and `retain_invariant` wrap the whole
+chain and keep their first-order promise under any optimizer.
+
+A weighting of your own is a function of the Gram, element by element (in pair scope its fields are `[B]`):
+
+```python
+def halved(gram):  # chosen_sq_norm, rejected_sq_norm, inner_product
+    conflict = gram.inner_product > 0
+    return jnp.ones_like(gram.inner_product), jnp.where(conflict, 0.5, 1.0)
+
+
+tx = optax.chain(transforms.combine_pair(halved), optax.sgd(1e-3))
+```
 
 Pair scope needs every pair's norms before the mean, so the same forward is pulled back twice:
 
@@ -89,6 +104,38 @@ In training: `training.preference_gradients(..., pair_rule=...)`; on command lin
 """
 
 ORDER = """\
+## Freezing
+
+A promise is about the parameters whose gradients are in the Gram. Differentiate the trainable ones alone (close over the
+rest), or name them: `where=lambda path: ...` in `combine_pair`, `project_retain`, `retain_invariant` and `protect_chosen`. A
+`masked` or `multi_transform` that freezes parameters after a head that counts them breaks the promise, and a wrapper that
+counts them moves what the chain inside has frozen.
+
+## Logging
+
+```python
+seen = transforms.combined(state)[0]  # of every combine_pair in the chain, however deep
+x, y = seen.weights
+cosine = geometry.cosine(seen.gram)  # of chosen and rejected; k above is its negative
+```
+
+With groups these are dictionaries by name. `project_retain` keeps the share of the step that it removed in its state's
+`removed`, `retain_invariant` in `retain.removed`; `training.make_step` logs all of it.
+
+## Two attributes
+
+Rows for `combine_groups` are descent gradients, one a group; here each attribute has pairs of its own, and BideDPO's balance:
+
+```python
+def descent(gradients):  # PairGradients of one attribute's pairs; or combine_pair(...) of them, for a remedy in each
+    return jax.tree.map(lambda w, l: l - w, gradients.chosen, gradients.rejected)
+
+
+rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), descent(of_style), descent(of_content))
+tx = optax.chain(transforms.combine_groups(transforms.adaptive_balance(), 2), optax.adamw(5e-6))
+updates, state = tx.update(rows, state, params, group_losses=jnp.stack([style_loss, content_loss]))
+```
+
 ## Order in a chain
 
 | with | where |
@@ -96,11 +143,21 @@ ORDER = """\
 | `optax.clip_by_global_norm` | after `combine_pair` clips the step; before it both gradients together, by one factor |
 | `optax.adamw`, `trace`, `add_decayed_weights`, `masked`, `multi_transform` | after `combine_pair` |
 | `optax.MultiSteps` | after `combine_pair`: averages what is combined; `accumulate_pairs(chain, every)` averages before |
-| `optax.inject_hyperparams` | around the whole chain; settings of weightings (c, target, inset, decay) may be injected |
-| `optax.named_chain`, `apply_if_finite` | as usual: `combine_pair` first |
+| `accumulate_pairs` | around everything else, `protect_chosen` and `retain_invariant` included |
+| `protect_chosen`, `retain_invariant` | around the whole chain, learning rate included, with nothing after |
+| `optax.inject_hyperparams` | around a function that makes the whole chain, see below |
+| `optax.apply_if_finite` | after `combine_pair`, never around it |
+| `optax.named_chain` | as `optax.chain` |
 
 `chain_pair(...)` is `optax.chain` with errors that name the transform in the wrong place and the fix; `training.make_step`
-says the same. `combined(state)` finds the heads' states inside of all of these.
+says the same. Settings of weightings (c, target, inset, decay) follow schedules; what is injected is not checked for its
+range:
+
+```python
+tx = optax.inject_hyperparams(lambda lr, c: optax.chain(combine_pair(cagrad(c)), optax.adamw(lr)))(
+    lr=5e-6, c=optax.linear_schedule(0.0, 0.5, 1000)
+)
+```
 """
 
 

@@ -199,7 +199,7 @@ def tweeteval(folder, labels="0\n2\n" * 8, mapping="0\tnegative\n1\tneutral\n2\t
         (["--objective", "dppo"], "unknown objective 'dppo'"),
         (["--objective-args", "gamma", "1.0"], "objective 'dpo' has no hyperparameter gamma: it has beta"),
         (["--preset", "huge"], "unknown preset 'huge'"),
-        (["--pair-chain", "pcgrad2"], "unknown pair chain 'pcgrad2'"),
+        (["--pair-chain", "pcgrad2"], "unknown pair chain 'pcgrad2' (did you mean pcgrad?)"),
         (["--sets", "medium_suffix"], "unknown pair set 'medium_suffix'"),
         (["--model", "gpt5"], "--model gpt5: neither a preset"),
         (["--data", "nowhere"], "nowhere"),

@@ -74,7 +74,7 @@ def test_formulas_of_the_table_are_what_the_code_computes(name):
 
 def test_every_public_function_is_on_the_page():
     text = page.PAGE.read_text(encoding="utf-8")
-    helpers = {"chain_pair", "combined", "get_weighting"}
+    helpers = {"chain_pair", "combined", "get_weighting", "retained"}
     public = {name for name in transforms.__all__ if inspect.isfunction(getattr(transforms, name))}
     assert [name for name in sorted(public - helpers) if f"\n### {name}\n" not in text] == []
-    assert "`chain_pair(...)`" in text and "`combined(state)`" in text
+    assert "`chain_pair(...)`" in text and "transforms.combined(state)" in text

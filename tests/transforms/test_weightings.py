@@ -53,14 +53,6 @@ def test_normalized_with_zero_and_opposite_gradients(chosen, rejected, expected)
     np.testing.assert_allclose(update, [expected], atol=1e-6)
 
 
-@pytest.mark.parametrize("weighting", [transforms.margin(), transforms.normalized()])
-def test_a_gradient_that_is_not_finite_gives_an_update_that_is_not(weighting):
-    tx = transforms.combine_pair(weighting)
-    bad = PairGradients(jnp.array([jnp.nan, 1.0]), jnp.array([1.0, 1.0]))
-    update, _ = tx.update(bad, tx.init(jnp.zeros(2)))
-    assert bool(jnp.isnan(update[0]))
-
-
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.usefixtures("x64")
 def test_normalized_coefficients_are_ideal_pair_by_pair(model):
@@ -83,4 +75,5 @@ def test_normalized_coefficients_are_ideal_pair_by_pair(model):
 def test_normalized_coefficients_keep_signs_are_zero_for_a_zero_gradient_and_do_not_hide_a_nan():
     s = PairGeometry(jnp.array([0.0, 4.0, jnp.nan]), jnp.array([9.0, 0.0, 1.0]), jnp.zeros(3))
     d = transforms.normalize_coefficients(Coefficients(jnp.array([1.0, -1.0, 1.0]), jnp.array([3.0, 5.0, 2.0])), s)
-    np.testing.assert_allclose(np.stack(d), [[0.0, -0.5, np.nan], [1.0, 0.0, 2.0]], rtol=1e-12)
+    # of the third pair one norm is known, but a step along one side of it alone would look plausible
+    np.testing.assert_allclose(np.stack(d), [[0.0, -0.5, np.nan], [1.0, 0.0, np.nan]], rtol=1e-12)

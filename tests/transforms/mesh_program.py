@@ -1,0 +1,134 @@
+"""Run by test_compiled.py in a process of its own, on 8 virtual devices: sharded pair chains, what they send, as JSON."""
+
+import json
+import os
+import re
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from entangle import transforms
+from entangle.types import PairGradients
+
+COLLECTIVE = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+COMPILED = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, seconds, **_: COMPILED.append(event) if event.endswith("/backend_compile_duration") else None
+)
+# a parameter's shape and where it lies
+PARAMS = {
+    "embedding": ((24, 6), P("fsdp", None)),
+    "layers": {
+        "bias": ((2, 5), P()),
+        "down": ((2, 16, 6), P(None, "fsdp", None)),
+        "up": ((2, 6, 8), P(None, None, "fsdp")),
+    },
+    "norm": ((6,), P()),
+}
+HEADS = {
+    "pcgrad": transforms.combine_pair(transforms.pcgrad()),
+    "reward_calibrated": transforms.combine_pair(transforms.reward_calibrated()),
+    "grouped": transforms.combine_pair(transforms.pcgrad(), group=lambda path: path.split("/")[0]),
+    "stacked": transforms.combine_pair(
+        transforms.pcgrad(), group=lambda path: path.split("/")[0], stacked=lambda path: path.startswith("layers")
+    ),
+}
+
+
+def pick(which):
+    return jax.tree.map(lambda entry: entry[which], PARAMS, is_leaf=lambda node: isinstance(node, tuple))
+
+
+def draw(seed):
+    rng = np.random.default_rng(seed)
+    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
+    return jax.tree.map(lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32), pick(0), is_leaf=is_shape)
+
+
+def draw_gradients(seed):
+    """Two gradients in conflict: chosen and -rejected point away from one another."""
+    common, one, other = (draw(3 * seed + i) for i in range(3))
+    add = lambda a, b: jax.tree.map(lambda a, b: a + b, a, b)  # noqa: E731
+    return PairGradients(add(common, one), add(common, other))
+
+
+def collectives(compiled):
+    """Pairs of operation and shape, one for every array that is sent around."""
+    found = []
+    for shapes, name in re.findall(COLLECTIVE, compiled.as_text()):
+        found += [(name, [int(n) for n in shape.split(",") if n]) for shape in re.findall(r"\w\d+\[([\d,]*)\]", shapes)]
+    return found
+
+
+def steps(tx, lie=lambda tree: tree):
+    """Three steps: what comes of them, how many programs were compiled for them, and the last one's."""
+
+    @jax.jit
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = lie(draw(0))
+    state = tx.init(params)
+    batches = [PairGradients(*map(lie, draw_gradients(seed))) for seed in range(1, 4)]
+    COMPILED.clear()
+    for gradients in batches:
+        before, (params, state) = (params, state), step(params, state, gradients)
+    return params, state, len(COMPILED), step.lower(*before, gradients).compile()
+
+
+def moved(params, state):
+    """Paths of what lies elsewhere than the parameters do, or, if it is a head's number, not everywhere."""
+    specs, found = pick(1), []
+
+    def check(tree, name):
+        for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(specs), strict=True):
+            if not leaf.sharding.is_equivalent_to(NamedSharding(leaf.sharding.mesh, spec), leaf.ndim):
+                found.append(f"{name}{jax.tree_util.keystr(path)}: {leaf.sharding}")
+
+    check(params, "params")
+    check(state[1][0].trace, "trace")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state[0]):
+        if not leaf.sharding.is_fully_replicated:
+            found.append(f"state{jax.tree_util.keystr(path)}: {leaf.sharding}")
+    return found
+
+
+def flat(tree):
+    return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
+
+
+def main():
+    result = {}
+    for name, head in HEADS.items():
+        tx = optax.chain(head, optax.sgd(0.1, momentum=0.9))
+        right = steps(tx)[:2]
+        for kind in (AxisType.Auto, AxisType.Explicit):
+            mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(kind,))
+
+            def lie(tree, mesh=mesh):
+                return jax.tree.map(lambda leaf, s: jax.device_put(leaf, NamedSharding(mesh, s)), tree, pick(1))
+
+            with jax.set_mesh(mesh):
+                params, state, count, compiled = steps(tx, lie)
+            error = jax.tree.map(
+                lambda a, b: np.max(abs(a - b)) / np.max(abs(b) + 1e-30), *map(flat, ((params, state), right))
+            )
+            result[f"{name}; {kind.name}"] = {
+                "error": float(max(error)),
+                "moved": moved(params, state),
+                "compiled": count,
+                "sent": collectives(compiled),
+                "in parts": sum(spec != P() for spec in jax.tree.leaves(pick(1))),
+            }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
