@@ -109,26 +109,30 @@ def names(runs: Runs) -> list[str]:
     return [*(figure.file for figure in titled(runs)), AGREEMENT, *(f"figure_4b_{name}" for name in runs.records)]
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as PDF and PNG; returns the PNG."""
     figure.savefig(path.with_suffix(".pdf"), bbox_inches="tight")
     figure.savefig(path.with_suffix(".png"), bbox_inches="tight")
     return path.with_suffix(".png")
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write the numbers that a figure shows."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)
 
 
-def _band(axes: Axes, found: Curve, colour: str, line: str, label: str) -> None:
-    axes.plot(found.steps, found.values.mean(0), line, color=colour, label=label, linewidth=1.6)
+def band(axes: Axes, found: Curve, colour: str, line: Any, label: str) -> None:
+    """Draw the mean over seeds, and a band from the smallest to the largest."""
+    axes.plot(found.steps, found.values.mean(0), linestyle=line, color=colour, label=label, linewidth=1.6)
     if len(found.values) > 1:
         axes.fill_between(found.steps, found.values.min(0), found.values.max(0), color=colour, alpha=0.2, linewidth=0)
 
 
-def _rows(name: str, series: str, found: Curve) -> Iterable[tuple[Any, ...]]:
+def csv_rows(name: str, series: str, found: Curve) -> Iterable[tuple[Any, ...]]:
+    """A curve's numbers, one row a seed and step."""
     for seed, values in enumerate(found.values):
         for step, value in zip(found.steps, values, strict=True):
             yield name, series, seed, step.item(), float(value)
@@ -147,18 +151,18 @@ def _log_probs(runs: Runs, folder: Path) -> Path:
     for axes, (name, seeds) in zip(np.ravel(figure.subplots(1, len(runs.records))), runs.records.items(), strict=True):
         for side, (colour, line) in SIDES.items():
             found = curve(seeds, f"{drawn.metric}/{side}")
-            _band(axes, found, colour, line, side)
-            rows += _rows(name, side, found)
+            band(axes, found, colour, line, side)
+            rows += csv_rows(name, side, found)
         axes.set(title=name, xlabel="step", ylabel=drawn.axis)
         axes.legend(loc="best")
     scales = "; each panel has its own scale" if len(runs.records) > 1 else ""
     figure.suptitle(f"{drawn.title}{scales}\n({_subtitle(runs)})", fontsize=9)
-    _write_csv(
+    write_csv(
         folder / f"{drawn.file}.csv",
         ("set", "side", "seed", "step", "log_prob_nats" if drawn is PAPER[0] else "log_ratio_nats"),
         rows,
     )
-    return _save(figure, folder / drawn.file)
+    return save(figure, folder / drawn.file)
 
 
 def _cosine(runs: Runs, folder: Path) -> Path:
@@ -168,14 +172,14 @@ def _cosine(runs: Runs, folder: Path) -> Path:
     rows: list[tuple[Any, ...]] = []
     for (name, seeds), (colour, line) in zip(runs.records.items(), itertools.cycle(SET_STYLES), strict=False):
         found = curve(seeds, drawn.metric)
-        _band(axes, found, colour, line, name)
-        rows += _rows(name, "cosine", found)
+        band(axes, found, colour, line, name)
+        rows += csv_rows(name, "cosine", found)
     axes.axhline(0.0, color="black", linewidth=0.8)
     axes.set(xlabel="step", ylabel=drawn.axis)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"{drawn.title}\n({_subtitle(runs)})", fontsize=9)
-    _write_csv(folder / f"{drawn.file}.csv", ("set", "metric", "seed", "step", "value"), rows)
-    return _save(figure, folder / drawn.file)
+    write_csv(folder / f"{drawn.file}.csv", ("set", "metric", "seed", "step", "value"), rows)
+    return save(figure, folder / drawn.file)
 
 
 def _agreement(runs: Runs, folder: Path) -> list[Path]:
@@ -187,14 +191,14 @@ def _agreement(runs: Runs, folder: Path) -> list[Path]:
     for axes, (name, seeds) in zip(grid, runs.records.items(), strict=True):
         for kind, label in PREDICTIONS.items():
             found = curve(seeds, f"agreement/{kind}").averaged(WINDOWS)
-            _band(axes, found, *PREDICTION_STYLES[kind], label)
-            rows += _rows(name, label, found)
+            band(axes, found, *PREDICTION_STYLES[kind], label)
+            rows += csv_rows(name, label, found)
         axes.set(title=name, xlabel="step", ylim=(0, 1.02))
     grid[0].set_ylabel("share of rows, batches of training")
     grid[0].legend(loc="lower left")
     figure.suptitle(f"Rows that move in the predicted direction, by what predicts\n({_subtitle(runs)})", fontsize=9)
-    _write_csv(folder / f"{AGREEMENT}.csv", ("set", "prediction", "seed", "step", "share_of_rows"), rows)
-    return [_save(figure, folder / AGREEMENT)]
+    write_csv(folder / f"{AGREEMENT}.csv", ("set", "prediction", "seed", "step", "share_of_rows"), rows)
+    return [save(figure, folder / AGREEMENT)]
 
 
 def _figures_4b(runs: Runs, out: Path, folder: Path) -> list[Path]:
@@ -241,5 +245,5 @@ def _figure_4b(record: dict[str, Any], name: str, folder: Path) -> Path:
         for j, rejected in enumerate(record["rejected"])
     )
     header = ("when", "chosen_position", "chosen_token", "rejected_position", "rejected_token", "cosine")
-    _write_csv(folder / f"figure_4b_{name}.csv", header, rows)
-    return _save(figure, folder / f"figure_4b_{name}")
+    write_csv(folder / f"figure_4b_{name}.csv", header, rows)
+    return save(figure, folder / f"figure_4b_{name}")

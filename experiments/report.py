@@ -43,7 +43,7 @@ def write(out: Path) -> Path:
         _cases(runs),
         _pictures(runs, out),
         _data(runs, out),
-        _provenance(out),
+        provenance(out),
     ]
     file = out / "report.md"
     file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -170,7 +170,8 @@ def _pictures(runs: Runs, out: Path) -> str:
     return "\n\n".join(["## Figures", *(f"![{name}](figures/{name}.png)" for name in names)])
 
 
-def _provenance(out: Path) -> str:
+def provenance(out: Path) -> str:
+    """The report's last section: commit, versions, devices."""
     environments = json.loads((out / "environment.json").read_text(encoding="utf-8"))
     environment = environments[-1]
     more = f" (the last of {len(environments)} environments)" if len(environments) > 1 else ""

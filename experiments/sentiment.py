@@ -21,7 +21,7 @@ from experiments.pair_data import Checkpoint
 from experiments.sentiment_config import SentimentConfig, config, presets
 from experiments.sentiment_data import Materials, gather
 
-__all__ = ["EXPORT", "SentimentConfig", "config", "gather", "main", "presets", "run"]
+__all__ = ["EXPORT", "SentimentConfig", "base_model", "config", "gather", "main", "presets", "run"]
 
 EXPORT = "huggingface"
 
@@ -44,7 +44,7 @@ def run(settings: SentimentConfig) -> list[Path]:
     tracker = pair_runs.trackers(settings)
     count = 1 + 2 * len(settings.sets) * settings.seeds
     print(f"at most {count} runs: the base model, then SFT and preference optimisation for every set and seed")
-    base = materials.checkpoint if materials.checkpoint is not None else _base(settings, materials, tracker)
+    base = materials.checkpoint if materials.checkpoint is not None else base_model(settings, materials, tracker)
 
     def heatmap(folder: Path, pairs: stages.PreferenceData, start: Params, end: Params) -> None:
         checkpoints = {"after SFT": start, "after preference optimisation": end}
@@ -55,7 +55,8 @@ def run(settings: SentimentConfig) -> list[Path]:
     return pair_runs.write_up(experiment)
 
 
-def _base(settings: SentimentConfig, materials: Materials, tracker: stages.TrackerFactory) -> Params:
+def base_model(settings: SentimentConfig, materials: Materials, tracker: stages.TrackerFactory) -> Params:
+    """Pretrain the base model or go on with it, leave it as a checkpoint folder, and return its parameters."""
     program = stages.likelihood_program(materials.model, settings.base)
     folder = settings.out / "base"
     params = stages.pretrain(folder, materials.model, program, materials.text, settings.max_length, 0, tracker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,9 @@ from entangle.errors import UserError
 from entangle.types import Params
 from experiments import pair_data, references, stages
 from experiments.sentiment_config import SentimentConfig
+
+PairMaker = Callable[[Sequence[data.LabelledText]], list[data.PreferenceRecord]]
+"""Pairs of labelled texts that ``data.balanced`` returned."""
 
 
 class Materials(NamedTuple):
@@ -34,14 +38,19 @@ class Materials(NamedTuple):
     report: dict[str, dict[str, list[str]]]
 
 
-def gather(settings: SentimentConfig) -> Materials:
+def gather(settings: SentimentConfig, more_sets: Mapping[str, PairMaker] | None = None) -> Materials:
     """Read, check and encode everything that a wrong flag or folder can spoil, before anything is written.
+
+    Args:
+      settings: the configuration.
+      more_sets: pair sets beside those of ``data.PAIR_SETS``, by name.
 
     Raises:
       UserError: bad input.
     """
     pair_data.check(settings)
-    _check_flags(settings)
+    makers = {name: _of_labels(settings, name) for name in data.PAIR_SETS} | dict(more_sets or {})
+    _check_flags(settings, list(makers))
     corpus = _read_corpus(settings)
     checkpoint, text = None, np.zeros(0, np.int32)
     if settings.model in models.PRESETS:
@@ -59,7 +68,7 @@ def gather(settings: SentimentConfig) -> Materials:
     pairs, report = {}, {}
     for name in settings.sets:
         train, held_out = (
-            data.sentiment_pairs(data.balanced(texts, settings.labels, count), name, settings.labels, _words(settings))
+            makers[name](data.balanced(texts, settings.labels, count))
             for texts, count in ((corpus.train, settings.train_pairs), (corpus.held_out, settings.held_out_pairs))
         )
         # No end-of-text token: it would be an identical suffix of one token, also in single_token.
@@ -68,9 +77,13 @@ def gather(settings: SentimentConfig) -> Materials:
     return Materials(tokenizer, model, checkpoint, text, pairs, report)
 
 
-def _check_flags(settings: SentimentConfig) -> None:
-    if unknown := [name for name in settings.sets if name not in data.PAIR_SETS]:
-        raise UserError(f"unknown pair set {unknown[0]!r}: choose from {', '.join(data.PAIR_SETS)}")
+def _of_labels(settings: SentimentConfig, name: str) -> PairMaker:
+    return lambda texts: data.sentiment_pairs(texts, name, settings.labels, _words(settings))
+
+
+def _check_flags(settings: SentimentConfig, known: Sequence[str]) -> None:
+    if unknown := [name for name in settings.sets if name not in known]:
+        raise UserError(f"unknown pair set {unknown[0]!r}: choose from {', '.join(known)}")
     if not settings.sets:
         raise UserError("--sets: at least one pair set is needed")
     if settings.model not in models.PRESETS and not Path(settings.model).is_dir():
