@@ -111,7 +111,7 @@ def main():
             with jax.set_mesh(mesh):
                 *found, compiled = steps(case, mesh)
             errors = jax.tree.map(
-                lambda a, b: np.max(abs(np.asarray(a) - np.asarray(b))) / (np.max(abs(b)) + 1e-30), tuple(found), right
+                lambda a, b: np.max(abs(np.asarray(a) - np.asarray(b))) / max(1.0, np.max(abs(b))), tuple(found), right
             )
             kept = [leaf for leaf in jax.tree.leaves(found[1]) if leaf.shape[:1] == (MEMORY,) and leaf.ndim > 1]
             result[f"{case}; {kind.name}"] = {

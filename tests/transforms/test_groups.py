@@ -244,6 +244,22 @@ def test_missing_losses_are_asked_for(extra, got):
         tx.update(jnp.eye(2), tx.init(jnp.ones(2)), **extra)
 
 
+@pytest.mark.parametrize(
+    "rule", [transforms.margin(), transforms.gradvac_ema(), "soft"], ids=["pair", "pair, running", "name"]
+)
+def test_what_is_no_rule_for_groups_is_refused(rule):
+    with pytest.raises(
+        TypeError, match=r"combine_groups takes a rule for groups, .* weightings of pairs are for combine_p"
+    ):
+        combine_groups(rule, 2)
+
+
+def test_losses_may_be_plain_numbers():
+    tx = transforms.chain_pair(combine_groups(adaptive_balance(), 2), optax.sgd(1.0))
+    updates, _ = tx.update(jnp.eye(2), tx.init(jnp.zeros(2)), group_losses=[3.0, 1.0])
+    assert updates.tolist() == [-0.75, -0.25]
+
+
 def test_settings_outside_of_their_range_are_refused():
     with pytest.raises(ValueError, match="groups: 0, at least 1 is needed"):
         combine_groups(group_mean(), 0)

@@ -664,6 +664,14 @@ def test_extra_arguments_reach_the_chain_inside(wrap):
     np.testing.assert_allclose(updates, [-3.0, 0.0], atol=1e-6)
 
 
+def test_states_of_projections_are_found_however_deep():
+    inside = optax.chain(project_retain(1), optax.sgd(1.0))
+    state = optax.named_chain(("all", transforms.accumulate_pairs(inside, 2))).init(jnp.zeros(2))
+    around = retain_invariant(optax.chain(FORGET, optax.sgd(1.0)), 3).init(jnp.zeros(2))
+    assert [s.earlier[0].shape for s in transforms.retained({"a": (state,), "b": around})] == [(1, 2), (3, 2)]
+    assert transforms.retained(optax.adam(1.0).init(jnp.zeros(2))) == []
+
+
 def test_settings_may_be_injected():
     tx = optax.inject_hyperparams(project_retain, static_args=("memory", "metric"))(
         memory=1, retain_weight=0.5, radius=2.0
