@@ -138,7 +138,10 @@ def project_retain(
         if metric is not None:
             span = span._replace(weights=_adam_weights(metric, state.second_moment, state.seen))
         projected = span.remove(forget)
+        measured = jnp.zeros_like(state.removed)
         if metric is not None:
+            # a square that overflows in the second moment would weigh nothing, and so hide
+            measured = inner_product(projected, projected).astype(measured.dtype)
             foreseen = [_moved(metric, v, f) for v, f in zip(state.second_moment, projected, strict=True)]
             span = span._replace(weights=_adam_weights(metric, foreseen, state.seen + 1))
             projected = span.remove(forget)
@@ -146,7 +149,7 @@ def project_retain(
         # what is left of a gradient that lies in the span is rounding, and must not be brought to any length
         left = after > (_LEFT_OVER**2) * before
         scale = jnp.where(left, 1 if radius is None else radius * inverse(root(after)), 0).astype(after.dtype)
-        finite = jnp.isfinite(after + span.square(span.now))
+        finite = jnp.isfinite(after + span.square(span.now)) & jnp.isfinite(measured)
         scale = jnp.where(finite, scale, jnp.nan)
         mixed = [
             scale.astype(f.dtype) * f - jnp.asarray(retain_weight, f.dtype) * r.astype(f.dtype)
