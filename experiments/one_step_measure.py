@@ -17,11 +17,8 @@ from entangle.losses import Coefficients, Objective
 from entangle.training import PreferenceExamples
 from entangle.training.gradients import PairRule, pair_log_probs
 from entangle.types import LogProbFn, PairBatch, PairGeometry, PairGradients, Params
+from experiments.one_step_changes import ALONE, ON_BATCH, PROTECT, SETTINGS, Changes, Measured, agreement
 
-PROTECT = "protect_chosen"
-ALONE = "pair_sgd"
-ON_BATCH = ("batch_sgd", "adam_first", "adam_warm", "adam_own")
-SETTINGS = (ALONE, *ON_BATCH)
 SAME = 1e-9
 """Relative distance of two updates below which they are one, and looked at once: many rules share a direction."""
 AGREEMENT, SHORTER, TRIES = 0.99, 0.1, 3
@@ -40,36 +37,6 @@ class Remedy(NamedTuple):
     name: str
     rule: PairRule | None
     chain: Callable[[optax.GradientTransformation], optax.GradientTransformation]
-
-
-class Changes(NamedTuple):
-    """What one remedy's step did to the pairs.
-
-    Attributes:
-      first_order: ``[N, 2]``, of chosen and rejected.
-      realised: ``[N, 2]``.
-      step: length of the update.
-    """
-
-    first_order: np.ndarray
-    realised: np.ndarray
-    step: float
-
-
-class Measured(NamedTuple):
-    """What was measured from one start point.
-
-    Attributes:
-      changes: setting -> remedy -> changes.
-      coefficients: d_w and d_l of the objective itself, before any rule, ``[N, 2]``.
-      norms: ``[N, 2]``, of the gradients of the log-probabilities.
-      sum_norms: lengths of the means of d_w g_w and d_l g_l, and of their difference.
-    """
-
-    changes: dict[str, dict[str, Changes]]
-    coefficients: np.ndarray
-    norms: np.ndarray
-    sum_norms: np.ndarray
 
 
 def remedies() -> list[str]:
@@ -347,30 +314,6 @@ def _short_enough(
         if agreement(changes, norms) > AGREEMENT:
             break
     return changes
-
-
-STILL = 1e-5
-"""Change over what the step could do at most, |g| |update|, below which a row stays put: what is left there is of second
-order."""
-
-
-def signs(values: np.ndarray, norms: np.ndarray, step: float) -> np.ndarray:
-    """-1 where a row falls, 1 where it rises, 0 where it stays put.
-
-    Example:
-      >>> import numpy as np
-      >>> from experiments.one_step_measure import signs
-      >>> signs(np.array([1e-3, -1e-3, 1e-9]), np.ones(3), 1e-2).tolist()
-      [1.0, -1.0, 0.0]
-    """
-    return np.where(np.abs(values) > STILL * norms * step, np.sign(values), 0.0)
-
-
-def agreement(changes: Changes, norms: np.ndarray) -> float:
-    """Share of rows whose realised change has the first-order change's sign, among those that first order moves."""
-    moved = signs(changes.first_order, norms, changes.step)
-    same = np.sign(changes.realised) == moved
-    return float(same[moved != 0].mean()) if (moved != 0).any() else 1.0
 
 
 def _distinct(vectors: list[np.ndarray]) -> tuple[list[int], list[np.ndarray]]:

@@ -12,7 +12,19 @@ import entangle
 
 PACKAGE = Path(entangle.__file__).parent
 # A part may import itself and those before it; the islands need jax and optax alone.
-ORDER = ("types", "errors", "extras", "jaxprs", "data", "models", "losses", "geometry", "transforms", "training")
+ORDER = (
+    "types",
+    "errors",
+    "extras",
+    "paths",
+    "jaxprs",
+    "data",
+    "models",
+    "losses",
+    "geometry",
+    "transforms",
+    "training",
+)
 ISLANDS = ("losses", "geometry", "transforms")
 BASE = {"jax", "optax", "entangle"} | set(sys.stdlib_module_names)
 FOREIGN = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "wandb", "ray", "tokenizers", "matplotlib", "grain")

@@ -20,6 +20,7 @@ from entangle.geometry.pairs import count_pairs
 from entangle.geometry.program import Program, Runner
 from entangle.geometry.taps import PairProducts
 from entangle.geometry.uses import COPY_LIMIT, Place
+from entangle.paths import named_leaves
 from entangle.types import LogProbFn, PairGeometry, PairGradients, Params
 
 PullBack = Callable[[jax.Array, jax.Array], tuple[Any, Any]]
@@ -214,10 +215,9 @@ def by_group(tree: Any, group: Callable[[str], str]) -> dict[str, PairGeometry]:
       >>> {name: s.inner_product.tolist() for name, s in groups.items()}
       {'head': [1.0], 'layers': [2.0]}
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: isinstance(node, PairGeometry))
     groups: dict[str, list[PairGeometry]] = {}
-    for path, leaf in leaves:
-        groups.setdefault(group(jax.tree_util.keystr(path, simple=True, separator="/")), []).append(leaf)
+    for path, leaf in named_leaves(tree, lambda node: isinstance(node, PairGeometry)):
+        groups.setdefault(group(path), []).append(leaf)
     return {name: total(members) for name, members in groups.items()}
 
 

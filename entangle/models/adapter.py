@@ -13,6 +13,7 @@ from entangle import jaxprs
 from entangle.errors import UserError
 from entangle.models.decoder import at_least_float32
 from entangle.models.language_model import next_token_log_probs
+from entangle.paths import named_leaves
 from entangle.types import LogProbFn, PairBatch, Params
 
 
@@ -81,14 +82,12 @@ def log_prob_function(
 
 
 def _check_parameters(module: nnx.Module, wrt: Any, params: Params) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves = named_leaves(params)
     if not leaves:
         raise UserError(f"{type(module).__name__}: the filter {wrt!r} chooses no parameter of this module")
-    for path, leaf in leaves:
+    for name, leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise UserError(
-                f"{type(module).__name__}: parameter {_name(path)} has dtype {leaf.dtype}, not a floating one"
-            )
+            raise UserError(f"{type(module).__name__}: parameter {name} has dtype {leaf.dtype}, not a floating one")
 
 
 def _writes(run: Callable[..., tuple[Any, Params]], params: Params, frozen: Params, tokens: jax.Array) -> list[str]:
@@ -98,16 +97,12 @@ def _writes(run: Callable[..., tuple[Any, Params]], params: Params, frozen: Para
     """
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype), (params, frozen, tokens))
     closed, (_, after) = jax.make_jaxpr(run, return_shape=True)(*shapes)
-    variables = jax.tree_util.tree_leaves_with_path(shapes[0]) + jax.tree_util.tree_leaves_with_path(shapes[1])
-    before = {_name(path): var for (path, _), var in zip(variables, closed.jaxpr.invars[:-1], strict=True)}
-    names = [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(after)]
+    variables = named_leaves(shapes[0]) + named_leaves(shapes[1])
+    before = {name: var for (name, _), var in zip(variables, closed.jaxpr.invars[:-1], strict=True)}
+    names = [name for name, _ in named_leaves(after)]
     results = closed.jaxpr.outvars[len(closed.jaxpr.outvars) - len(names) :]
     return sorted(
         name
         for name, var in zip(names, results, strict=True)
         if jaxprs.source_of(closed.jaxpr, var) is not before.get(name)
     )
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -16,18 +16,12 @@ from entangle.transforms.groups import (
 )
 from entangle.transforms.min_norm import aligned_mtl, cagrad, mgda
 from entangle.transforms.pair_scope import normalize_coefficients, per_pair
-from entangle.transforms.retain import (
-    AdamMetric,
-    RetainInvariantState,
-    RetainState,
-    project_retain,
-    protect_chosen,
-    retain_invariant,
-    retained,
-)
+from entangle.transforms.retain import AdamMetric, project_retain
+from entangle.transforms.span import RetainState, retained
 from entangle.transforms.surgery import dual_projection, gradvac, gradvac_ema, one_sided, pcgrad, upgrad
 from entangle.transforms.table import WEIGHTINGS, Entry, Promises, get_weighting
 from entangle.transforms.weightings import PairWeights, RunningWeighting, Weighting, fixed, margin
+from entangle.transforms.wrappers import RetainInvariantState, protect_chosen, retain_invariant
 
 __all__ = [
     "WEIGHTINGS",

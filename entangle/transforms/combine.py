@@ -11,6 +11,7 @@ import optax
 
 from entangle.geometry import gram
 from entangle.geometry.products import accumulator_dtype
+from entangle.paths import named_leaves
 from entangle.transforms.weightings import PairWeights, RunningWeighting, Weighting, as_running
 from entangle.types import PairGeometry, PairGradients, Params
 
@@ -171,7 +172,7 @@ def require_pair(updates: Any, name: str) -> None:
             f"{name} takes PairGradients, got {type(updates).__name__}: "
             "put it first in the chain and pass PairGradients(chosen, rejected) as the updates"
         )
-    shapes = [{jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in _with_paths(side)} for side in updates]
+    shapes = [{path: jnp.shape(leaf) for path, leaf in named_leaves(side)} for side in updates]
     structures: list[Any] = [jax.tree.structure(side) for side in updates]
     if shapes[0] != shapes[1] or structures[0] != structures[1]:
         apart = [path for path in {**shapes[0], **shapes[1]} if shapes[0].get(path) != shapes[1].get(path)]
@@ -196,10 +197,6 @@ class _Part(NamedTuple):
     layers: int | None
 
 
-def _with_paths(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
-
-
 def _parts(
     params: Params,
     group: Callable[[str], str],
@@ -207,8 +204,7 @@ def _parts(
     where: Callable[[str], bool],
 ) -> dict[str, _Part]:
     parts: dict[str, _Part] = {}
-    for index, (key_path, leaf) in enumerate(_with_paths(params)):
-        path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+    for index, (path, leaf) in enumerate(named_leaves(params)):
         if not where(path):
             continue
         in_stack = stacked is not None and stacked(path)

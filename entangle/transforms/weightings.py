@@ -7,6 +7,7 @@ they are in conflict where ``<g1, g2> = -<chosen, rejected>`` is negative.
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -60,8 +61,10 @@ def as_running(weighting: Weighting | RunningWeighting) -> RunningWeighting:
     if not callable(weighting):
         hint = f": get_weighting({weighting!r}) finds it" if isinstance(weighting, str) else ""
         raise TypeError(f"a weighting is a function of the Gram, got {type(weighting).__name__} {weighting!r}{hint}")
-    if getattr(weighting, "__module__", "").startswith("entangle.transforms") and weighting.__name__ != "weighting":
-        raise TypeError(f"{weighting.__name__} makes a weighting: call it, {weighting.__name__}()")
+    parameters = inspect.signature(weighting).parameters.values()
+    if all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        name = getattr(weighting, "__name__", repr(weighting))
+        raise TypeError(f"{name} takes no Gram, so it makes a weighting: call it, {name}()")
     return RunningWeighting(lambda gram: (), lambda gram, memory: (weighting(gram), memory))
 
 

@@ -21,6 +21,7 @@ import optax
 
 from entangle import transforms
 from entangle.models import language_model, preset
+from entangle.paths import named_leaves
 from entangle.types import PairGradients, Params
 from scripts.benchmarks.measuring import Contender
 
@@ -184,11 +185,7 @@ def contender(name: str, side: Side, params: Params, gradients: PairGradients) -
 
 def right_gradients(side: Side, gradients: PairGradients) -> Callable[..., np.ndarray]:
     """A leaf's number and a part of its entries to the gradient that AdamW should be given there, in float64."""
-    paths = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(gradients.chosen)
-    ]
-    groups = [side.group(path) for path in paths]
+    groups = [side.group(path) for path, _ in named_leaves(gradients.chosen)]
     leaves = list(zip(jax.tree.leaves(gradients.chosen), jax.tree.leaves(gradients.rejected), strict=True))
     grams = {name: np.zeros(3) for name in groups}
     for name, (chosen, rejected) in zip(groups, leaves, strict=True):

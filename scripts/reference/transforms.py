@@ -44,8 +44,7 @@ The two gradients come from `geometry.pair_vjp` (one forward and backward of cho
 - The paper's remedy is `normalize_coefficients`, pair by pair (on command lines `pairwise_normalized`): its step still follows
   the loss's coefficients. `normalized()` does the same to the two batch means and `per_pair(normalized())` to every pair
   with the coefficients gone: their steps do not vanish with the loss. `scale_preserving()` has the direction of
-  `normalized()` at the loss's own scale. Gradients of language models have norms far above 1, so normalised rules want
-  learning rates far above the plain ones under SGD.
+  `normalized()` at the loss's own scale. A normalised rule's learning rate under SGD is its own, not the plain step's.
 - As little intervention as possible: `band()`, which leaves the ideal case alone.
 - Only the chosen side must not fall: `one_sided()`; whatever the optimizer makes of it: `protect_chosen(chain)`.
 - Forget one set and keep another: `project_retain()` with plain gradient steps; `retain_invariant(chain)` with any optimizer.
@@ -60,7 +59,8 @@ gradient step with positive coefficients, at the default settings: C the chosen 
 does not rise, M the weighted margin does not fall (the loss does not rise). A test finds a counterexample for every promise
 that is not made. Degree 1: the step scales with the gradients; 0: it has a length of its own, so plain SGD needs another
 learning rate. All but `one_sided` treat the two sides alike. Norms may be from 1e-18 to 1e18; a gradient that is not finite
-gives NaN for both weights, but for `margin` and `fixed`.
+gives NaN for both weights, but for `margin` and `fixed`. Beside the two gradients nothing of their size is held, in float32;
+narrower ones are widened for the Gram, which XLA does in copies on CPUs.
 """
 
 SCOPES = """\

@@ -11,7 +11,7 @@ import pytest
 from entangle import data, losses, models
 from entangle.transforms import WEIGHTINGS
 from entangle.types import PairBatch
-from experiments import one_step, one_step_measure, one_step_report
+from experiments import one_step, one_step_changes, one_step_measure, one_step_report
 
 NAMES = ("normalized", "one_sided", "band", "pcgrad", "dual_projection", "protect_chosen")
 PAIRWISE = ("pairwise_normalized", "pairwise_one_sided", "pairwise_band", "pairwise_pcgrad")
@@ -57,9 +57,9 @@ def test_first_order_decides(measured):
     for found in measured:
         for by_remedy in found.changes.values():
             for changes in by_remedy.values():
-                assert one_step_measure.agreement(changes, found.norms) > 0.99
+                assert one_step_changes.agreement(changes, found.norms) > 0.99
                 off = np.abs(changes.realised - changes.first_order) / (found.norms * changes.step)
-                assert off.max() < one_step_measure.STILL  # what is called still is first order's zero
+                assert off.max() < one_step_changes.STILL  # what is called still is first order's zero
 
 
 @pytest.mark.parametrize("name", ["normalized", "band", "pcgrad", "dual_projection"])
@@ -92,7 +92,7 @@ def test_batch_sums_keep_what_was_promised_under_sgd(rows, name):
             assert row[f"sum_{side}_kept"] or not getattr(promised, side)
 
 
-@pytest.mark.parametrize("setting", one_step_measure.ON_BATCH)
+@pytest.mark.parametrize("setting", one_step_changes.ON_BATCH)
 def test_protect_chosen_keeps_the_chosen_sum_under_any_optimizer(rows, setting):
     for row in rows(setting, "protect_chosen"):
         assert row["sum_chosen_kept"]
@@ -103,7 +103,7 @@ def test_the_sums_are_in_units_of_margins_gain(rows):
         assert row["sum_margin_over_margins_gain"] == 1.0
     # no direction of the same length adds more to the margin than its own gradient
     for name in (*NAMES, *PAIRWISE):
-        for setting in one_step_measure.ON_BATCH:
+        for setting in one_step_changes.ON_BATCH:
             for row in rows(setting, name):
                 assert row["sum_margin_over_margins_gain"] < 1 + 1e-6
 

@@ -1,9 +1,11 @@
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from entangle import transforms
 from entangle.losses import Coefficients
-from entangle.training.metrics import geometry_metrics, likelihood_metrics, means
-from entangle.types import PairGeometry, PairLogProbs
+from entangle.training.metrics import combination_metrics, geometry_metrics, likelihood_metrics, means
+from entangle.types import PairGeometry, PairGradients, PairLogProbs
 
 
 def _array(*values):
@@ -75,3 +77,20 @@ def test_means_of_case_indicators_are_shares_that_sum_to_one():
     np.testing.assert_allclose(mean["case/both_fall"], 1 / 3, rtol=1e-6)
     np.testing.assert_allclose(mean["case/ideal"], 2 / 3, rtol=1e-6)
     np.testing.assert_allclose(sum(v for k, v in mean.items() if k.startswith("case/")), 1.0, rtol=1e-6)
+
+
+def test_what_heads_and_projections_did_is_logged_by_name_and_group():
+    gradients = PairGradients(
+        {"a": jnp.array([3.0, 0.0]), "b": jnp.array([2.0])}, {"a": jnp.array([4.0, 3.0]), "b": jnp.ones(1)}
+    )
+    head = transforms.combine_pair(transforms.normalized(), group=lambda path: path)
+    tx = optax.chain(head, optax.sgd(0.1))
+    found = combination_metrics(tx.update(gradients, tx.init(gradients.chosen))[1])
+    assert {name.split("/")[-1] for name in found} == {"a", "b"} and len(found) == 10
+    np.testing.assert_allclose(found["weight/rejected/a"], 1 / 5, rtol=1e-6)
+    np.testing.assert_allclose(found["combined/cosine/a"], 4 / 5, rtol=1e-6)
+    projection = transforms.project_retain(0)
+    removed = combination_metrics(projection.update(gradients, projection.init(gradients.chosen))[1])
+    # <chosen, rejected> = 12 + 2, |chosen|^2 = 13, |rejected|^2 = 26: 14^2 / (13 * 26) of the squared length
+    np.testing.assert_allclose(removed["retain/removed"], 196 / 338, rtol=1e-5)
+    assert combination_metrics(optax.adam(1e-3).init(gradients.chosen)) == {}
