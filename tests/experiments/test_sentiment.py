@@ -164,6 +164,7 @@ def test_single_token_needs_a_base_model_and_its_own_folder(finished):
         single_token.run(shrunk(out, sets=("single_token",), model=model))
 
 
+@pytest.mark.slow
 def test_single_token_tabulates_its_own_runs(finished, tmp_path, monkeypatch):
     out, _ = finished
     variants = [single_token.Variant(2, "sgd", 0.01), single_token.Variant(2, "adamw", 2e-5)]

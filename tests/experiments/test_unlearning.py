@@ -22,15 +22,6 @@ from experiments.unlearning_objectives import ascent, npo
 NAMES = ("sgd-plain", "sgd-project", "adam-project", "adam-invariant")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly_compiled():
-    """Nearly all the time goes into compiling, much of it into optimising what runs three steps."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "gpt2"

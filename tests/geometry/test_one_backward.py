@@ -33,10 +33,22 @@ def coefficients(seed=3):
     return d_w, d_l
 
 
+# compiled whole: operation by operation a model is a hundred programs
+forward = jax.jit(lambda log_prob_fn, params, batch: log_prob_fn(params, batch), static_argnums=0)
+scanned = jax.jit(geometry.scan_geometry, static_argnums=0)
+alone = jax.jit(geometry.pair_geometry, static_argnums=0, static_argnames=("per_parameter",))
+
+
 @functools.partial(jax.jit, static_argnums=(0,), static_argnames=("apart",))
 def both(log_prob_fn, params, batch, d_w, d_l, *, apart=False):
     log_probs, pull_back = geometry.vjp_with_geometry(log_prob_fn, params, batch, apart=apart)
     return log_probs, *pull_back(d_w, d_l)
+
+
+def forget():
+    """What was compiled, before and after something is put in another's place."""
+    both.clear_cache()
+    alone.clear_cache()
 
 
 def disagreement(log_prob_fn, params, batch):
@@ -52,7 +64,7 @@ def disagreement(log_prob_fn, params, batch):
         # a product near zero is a difference of great ones: it is right to the scale of the norms
         "inner": np.max(abs(s.inner_product - np.sum(g[:, 0] * g[:, 1], -1)) / (norms[:, 0] * norms[:, 1])),
         "gradient": np.linalg.norm(flatten(gradient) - expected) / np.linalg.norm(expected),
-        "log_probs": np.max(abs(log_probs - log_prob_fn(params, batch))),
+        "log_probs": np.max(abs(log_probs - forward(log_prob_fn, params, batch))),
     }
 
 
@@ -64,9 +76,9 @@ def hold(log_prob_fn, params, batch, tolerance):
 @pytest.fixture(params=["gram", "rows"])
 def form(request, monkeypatch):
     monkeypatch.setattr(one_backward, "by_rows", lambda *sizes, with_gradient: request.param == "rows")
-    both.clear_cache()
+    forget()
     yield request.param
-    both.clear_cache()
+    forget()
 
 
 @pytest.mark.parametrize("kind", zoo.CORES)
@@ -99,9 +111,9 @@ def test_bfloat16_accumulates_in_float32():
     """Against the gradients of the same bfloat16 model, differentiated row by row and multiplied in float64."""
     log_prob_fn, params = zoo.around(zoo.CORES["dense"][0]), zoo.draw({"w": (8, 8)}, 0, jnp.bfloat16)
     batch = pairs(1)
-    s = geometry.pair_geometry(log_prob_fn, params, batch)
+    s = alone(log_prob_fn, params, batch)
     assert all(field.dtype == jnp.float32 for field in s)
-    exact = geometry.scan_geometry(log_prob_fn, jax.tree.map(lambda p: p.astype(jnp.float32), params), batch)
+    exact = scanned(log_prob_fn, jax.tree.map(lambda p: p.astype(jnp.float32), params), batch)
     # bfloat16 has 8 bits: cotangents are off by up to 2^-9 each, at random, sums of squares of dozens by a few percent
     np.testing.assert_allclose(s.chosen_sq_norm, exact.chosen_sq_norm, rtol=0.05)
     np.testing.assert_allclose(geometry.cosine(s), geometry.cosine(exact), atol=0.05)
@@ -182,13 +194,13 @@ def test_per_parameter_and_by_group():
         check(s, sides[0]["layers"][name], sides[1]["layers"][name], 1)
     groups = geometry.by_group(tree, lambda path: path.split("/")[0])
     assert sorted(groups) == sorted(params)
-    whole = geometry.scan_geometry(log_prob_fn, params, batch)
+    whole = scanned(log_prob_fn, params, batch)
     np.testing.assert_allclose(
         sum(s.inner_product for s in groups.values()), whole.inner_product, rtol=1e-9, atol=1e-12
     )
 
 
-@pytest.mark.parametrize("name", ["gpt, tied", "llama, scanned and checkpointed"])
+@pytest.mark.parametrize("name", ["gpt, tied", pytest.param("llama, scanned and checkpointed", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("x64", "form")
 def test_derivatives_of_the_results(name):
     """Of log-probabilities and geometry with respect to the parameters, e.g. to penalise <g_w, g_l>."""
@@ -197,17 +209,15 @@ def test_derivatives_of_the_results(name):
 
     def results(params):
         log_probs, pull_back = geometry.vjp_with_geometry(log_prob_fn, params, batch)
-        return jnp.sum(log_probs), jnp.sum(pull_back(*jnp.zeros((2, PAIRS)))[1].inner_product)
+        return jnp.stack([jnp.sum(log_probs), jnp.sum(pull_back(*jnp.zeros((2, PAIRS)))[1].inner_product)])
 
     def naive(params):
         s = geometry.scan_geometry(log_prob_fn, params, batch)
-        return jnp.sum(log_prob_fn(params, batch)), jnp.sum(s.inner_product)
+        return jnp.stack([jnp.sum(log_prob_fn(params, batch)), jnp.sum(s.inner_product)])
 
+    by_result = [jax.jit(jax.jacrev(f))(params) for f in (results, naive)]
     for which in (0, 1):
-        found, expected = (
-            flatten(jax.jit(jax.grad(lambda p, f=f: f(p)[which]))(params))  # noqa: B023
-            for f in (results, naive)
-        )
+        found, expected = (flatten(jax.tree.map(lambda leaf: leaf[which], tree)) for tree in by_result)  # noqa: B023
         assert np.linalg.norm(found - expected) < 1e-10 * np.linalg.norm(expected)
 
 
@@ -215,11 +225,11 @@ def test_derivatives_of_the_results(name):
 def test_several_batches_under_vmap():
     log_prob_fn, params = zoo.whole_models(jnp.float64)["gpt, tied"]
     some = [pairs(seed) for seed in (0, 1)]
-    found = jax.vmap(lambda batch: geometry.pair_geometry(log_prob_fn, params, batch))(
+    found = jax.jit(jax.vmap(lambda batch: geometry.pair_geometry(log_prob_fn, params, batch)))(
         jax.tree.map(lambda *leaves: jnp.stack(leaves), *some)
     )
     for i, batch in enumerate(some):
-        expected = geometry.pair_geometry(log_prob_fn, params, batch)
+        expected = alone(log_prob_fn, params, batch)
         for field, value in zip(found, expected, strict=True):
             np.testing.assert_allclose(field[i], value, rtol=1e-10)
 
@@ -255,10 +265,10 @@ def test_what_is_not_used_has_no_geometry():
     def model(p, batch):
         return log_prob_fn(p["model"], batch) + jax.lax.stop_gradient(jnp.sum(p["cut"]))
 
-    tree = geometry.pair_geometry(model, more, batch, per_parameter=True)
+    tree = alone(model, more, batch, per_parameter=True)
     assert all(not np.any(field) and field.shape == (PAIRS,) for name in ("idle", "cut") for field in tree[name])
     np.testing.assert_allclose(
-        geometry.total(tree).chosen_sq_norm, geometry.scan_geometry(model, more, batch).chosen_sq_norm, rtol=1e-11
+        geometry.total(tree).chosen_sq_norm, scanned(model, more, batch).chosen_sq_norm, rtol=1e-11
     )
 
 
@@ -296,9 +306,9 @@ def errors_when(monkeypatch, owner, name, wrong, log_prob_fn, params):
     right = getattr(owner, name)
     hold(log_prob_fn, params, pairs(2), 1e-10)
     monkeypatch.setattr(owner, name, functools.partial(wrong, right))
-    both.clear_cache()
+    forget()
     errors = disagreement(log_prob_fn, params, pairs(2))
-    both.clear_cache()
+    forget()
     return errors
 
 
@@ -428,7 +438,7 @@ def test_per_parameter_a_stack_that_is_not_scanned_as_it_lies_is_summed(form):
         return zoo.select(x, batch)
 
     params, batch = {"w": zoo.draw((4, 4, 4), 0, jnp.float64)}, pairs(0, vocab=4)
-    tree = geometry.pair_geometry(model, params, batch, per_parameter=True)
+    tree = alone(model, params, batch, per_parameter=True)
     np.testing.assert_allclose(
         tree["w"].chosen_sq_norm, np.sum(row_gradients(model, params, batch)[:, 0] ** 2, -1), rtol=1e-10
     )
