@@ -9,8 +9,7 @@ Hardware and time: two CPU cores, ten minutes (the default preset, beside one ot
 Result: experiments/results/unlearning/report.md. Under SGD, and for a projection that has the last word under Adam, the
 batch's retain sum changes by 1e-7 of its forget sum to first order, and by 2 to 3 % of it in fact. Before Adam the projection
 fails (0.5 nats a nat, the plain step 0.6; in Adam's metric, without momentum, 0.003 in the mean and 0.1 at the first steps).
-Held-out retain falls all the same, by
-0.73 to 0.87 nats for a nat forgotten where the plain step loses 0.85 to 0.90.
+Held-out retain falls all the same, by 0.73 to 0.87 nats for a nat forgotten where the plain step loses 0.85 to 0.90.
 
 The learning rates of the variants were chosen by hand, on seed 0 and 60 steps, from up to four trials each, so that the
 held-out forget log-probability falls by about half a nat a token. What is compared at equal forgetting is read off the path.

@@ -11,7 +11,7 @@ import optax
 
 from entangle.geometry import gram
 from entangle.geometry.products import accumulator_dtype
-from entangle.paths import named_leaves
+from entangle.paths import named_leaves, nodes_of
 from entangle.transforms.weightings import PairWeights, RunningWeighting, Weighting, as_running
 from entangle.types import PairGeometry, PairGradients, Params
 
@@ -156,8 +156,7 @@ def combined(opt_state: Any) -> list[CombinePairState]:
       >>> [state.weights.chosen.tolist() for state in transforms.combined(tx.init(jnp.zeros(2)))]
       [0.0]
     """
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, CombinePairState))
-    return [leaf for leaf in leaves if isinstance(leaf, CombinePairState)]
+    return nodes_of(opt_state, CombinePairState)
 
 
 def require_pair(updates: Any, name: str) -> None:

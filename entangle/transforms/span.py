@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from entangle.geometry.products import accumulator_dtype, inner_product, row_gram, row_products
-from entangle.paths import named_leaves
+from entangle.paths import named_leaves, nodes_of
 from entangle.transforms.weightings import inverse, root
 from entangle.types import Params
 
@@ -21,7 +21,7 @@ class RetainState(NamedTuple):
     Attributes:
       earlier: earlier retained gradients, arrays ``[memory, ...]`` for the parameters that are remembered, a list.
       seen: int32, retained gradients so far.
-      second_moment: of what went out, as Adam keeps it, a list; ``()`` in the Euclidean metric.
+      second_moment: of what went out, as Adam keeps it, a list; empty in the Euclidean metric.
       removed: of the last step: share of the forget gradient's squared norm, in the metric, that lay in the span.
     """
 
@@ -41,8 +41,7 @@ def retained(opt_state: Any) -> list[RetainState]:
       >>> [(state.earlier[0].shape, float(state.removed)) for state in transforms.retained(tx.init(jnp.zeros(3)))]
       [((2, 3), 0.0)]
     """
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, RetainState))
-    return [leaf for leaf in leaves if isinstance(leaf, RetainState)]
+    return nodes_of(opt_state, RetainState)
 
 
 def check_memory(memory: int) -> None:

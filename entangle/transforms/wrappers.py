@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from entangle.geometry.products import accumulator_dtype, inner_product
+from entangle.paths import nodes_of
 from entangle.transforms.chains import AccumulatePairsState, naming_the_fix, require_combined
 from entangle.transforms.combine import require_pair
 from entangle.transforms.span import Leaves, RetainState, Span, check_memory, counted, remember_now, share_removed, wide
@@ -58,7 +59,7 @@ def retain_invariant(
       An optax transform whose updates are PairGradients going in and a tree like the parameters coming out.
 
     Raises:
-      ValueError: memory is negative.
+      ValueError: memory is negative; or, at init, when micro-batches are accumulated inside.
       TypeError: at trace time, when the updates are not PairGradients.
 
     Example:
@@ -198,8 +199,7 @@ def _inner_step(
 
 def _refuse_accumulation(state: Any, name: str) -> None:
     """What is made of many micro-batches cannot be held to what the last one says."""
-    kinds = (AccumulatePairsState, optax.MultiStepsState)
-    if any(isinstance(node, kinds) for node in jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))):
+    if nodes_of(state, AccumulatePairsState) or nodes_of(state, optax.MultiStepsState):
         raise ValueError(
             f"{name} knows the last micro-batch only: accumulate around it, as in accumulate_pairs({name}(chain), every)"
         )
