@@ -55,8 +55,7 @@ class OneStepConfig(SentimentConfig):
 
     Attributes:
       pairs: training pairs that the step is made on, drawn by the seed.
-      remedies: names of entangle/transforms/README.md, alone or with pairwise_ before them; and protect_chosen, which stands
-        around plain margin. margin is measured always.
+      remedies: as --pair-chain takes them. margin is measured always.
       step: length of the update, in the Euclidean norm of all parameters.
       warm_steps: batches of --preference.batch-size pairs behind Adam's warm moments.
     """
@@ -102,11 +101,11 @@ def check(settings: OneStepConfig) -> None:
       >>> from experiments.one_step import check, presets
       >>> check(dataclasses.replace(presets()["default"], remedies=("magic",)))
       Traceback (most recent call last):
-      entangle.errors.UserError: --remedies magic: choose from protect_chosen, margin, ...
+      entangle.errors.UserError: --remedies magic: choose from margin, ...
     """
     for name in settings.remedies:
-        if name not in one_step_measure.remedies():
-            raise UserError(f"--remedies {name}: choose from {', '.join(one_step_measure.remedies())}")
+        if name not in training.pair_chains():
+            raise UserError(f"--remedies {name}: choose from {', '.join(training.pair_chains())}")
     for field in ("pairs", "warm_steps"):
         if getattr(settings, field) < 1:
             raise UserError(f"--{field.replace('_', '-')} {getattr(settings, field)}: at least one is needed")

@@ -12,12 +12,13 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from entangle import losses, training, transforms
+from entangle import losses, training
 from entangle.losses import Coefficients, Objective
-from entangle.training import PreferenceExamples
+from entangle.paths import nodes_of
+from entangle.training import PairChain, PreferenceExamples
 from entangle.training.gradients import PairRule, pair_log_probs
 from entangle.types import LogProbFn, PairBatch, PairGeometry, PairGradients, Params
-from experiments.one_step_changes import ALONE, ON_BATCH, PROTECT, SETTINGS, Changes, Measured, agreement
+from experiments.one_step_changes import ALONE, ON_BATCH, SETTINGS, Changes, Measured, agreement
 
 SAME = 1e-9
 """Relative distance of two updates below which they are one, and looked at once: many rules share a direction."""
@@ -26,44 +27,19 @@ AGREEMENT, SHORTER, TRIES = 0.99, 0.1, 3
 
 
 class Remedy(NamedTuple):
-    """How the two gradients become a step.
-
-    Attributes:
-      name: what it is called.
-      rule: on the coefficients of every pair, or None.
-      chain: the whole chain from an optimizer; PairGradients in, an update out.
-    """
+    """A pair chain and what it is called."""
 
     name: str
-    rule: PairRule | None
-    chain: Callable[[optax.GradientTransformation], optax.GradientTransformation]
+    pair_chain: PairChain
 
+    @property
+    def rule(self) -> PairRule | None:
+        """On the coefficients of every pair, or None."""
+        return self.pair_chain.rule
 
-def remedies() -> list[str]:
-    """All names.
-
-    Example:
-      >>> from experiments.one_step_measure import remedies
-      >>> remedies()[:3]
-      ['protect_chosen', 'margin', 'fixed']
-    """
-    return [PROTECT, *training.pair_chains()]
-
-
-def remedy(name: str) -> Remedy:
-    """A remedy by name.
-
-    Raises:
-      UserError: there is none of that name.
-
-    Example:
-      >>> from experiments.one_step_measure import remedy
-      >>> remedy("pairwise_band").rule is None, remedy("protect_chosen").rule is None
-      (False, True)
-    """
-    found = training.pair_chain("margin" if name == PROTECT else name)
-    around = transforms.protect_chosen if name == PROTECT else lambda chain: chain
-    return Remedy(name, found.rule, lambda optimizer: around(optax.chain(found.head, optimizer)))
+    def chain(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        """The whole chain; PairGradients in, an update out."""
+        return self.pair_chain.around(optax.chain(self.pair_chain.head, optimizer))
 
 
 SGD, ADAM = optax.scale(-1.0), optax.chain(optax.scale_by_adam(), optax.scale(-1.0))
@@ -104,7 +80,7 @@ def programs(log_prob_fn: LogProbFn, objective: Objective, names: Sequence[str])
       objective: of single pairs.
       names: remedies; margin is measured in any case.
     """
-    found = tuple(remedy(name) for name in dict.fromkeys(("margin", *names)))
+    found = tuple(Remedy(name, training.pair_chain(name)) for name in dict.fromkeys(("margin", *names)))
 
     def rows(params: Params, part: PairBatch) -> tuple[jax.Array, jax.Array]:
         def one(pair: PairBatch) -> tuple[jax.Array, jax.Array]:
@@ -240,9 +216,19 @@ def _updates(
     tx = one.chain(ADAM)
     fresh = tx.init(params)
     own = jax.lax.scan(lambda state, g: (tx.update(g, state, params)[1], None), fresh, warm)[0]
-    moments = own[1] if plain is None else plain
-    by_setting = (update(SGD), update(ADAM), update(ADAM, (fresh[0], moments)), update(ADAM, own))
-    return dict(zip(ON_BATCH, by_setting, strict=True)), own[1]
+    (last,) = nodes_of(own, optax.ScaleByAdamState)
+    warm_start = _with_adam(fresh, last if plain is None else plain)
+    by_setting = (update(SGD), update(ADAM), update(ADAM, warm_start), update(ADAM, own))
+    return dict(zip(ON_BATCH, by_setting, strict=True)), last
+
+
+def _with_adam(state: Any, moments: optax.ScaleByAdamState) -> Any:
+    """A chain's state with Adam's moments in the place of its own."""
+
+    def is_adam(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByAdamState)
+
+    return jax.tree.map(lambda node: moments if is_adam(node) else node, state, is_leaf=is_adam)
 
 
 def _all_updates(

@@ -27,7 +27,8 @@ class PairConfig:
         your own.
       objective_args: hyperparameters of the objective by name, e.g. beta 0.2.
       pair_chain: how the two gradients are combined: a name of entangle/transforms/README.md (margin, normalized, pcgrad,
-        band, ...) for the two batch gradients, or one with pairwise_ before it, for every pair by itself.
+        band, ...) for the two batch gradients, or one with pairwise_ before it, for every pair by itself; or
+        protect_chosen, project_retain, retain_invariant.
       pair_chain_args: settings of the combination by name, e.g. c 0.4 for cagrad.
       seeds: number of seeds: order of the SFT and preference batches.
       max_length: T, tokens of a row.

@@ -125,7 +125,7 @@ def preference_program(
       changes: log what every step did to its own batch, to first order and in fact.
       eval_batch: pairs at a time in scores and evaluations.
     """
-    tx = stage.optimizer.build(stage.steps, chain.head)
+    tx = chain.around(stage.optimizer.build(stage.steps, chain.head))
     gradients = training.preference_gradients(
         model.log_probs, objective, with_geometry=with_geometry or chain.rule is not None, pair_rule=chain.rule
     )

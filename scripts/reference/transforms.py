@@ -78,7 +78,7 @@ SCOPES = """\
 order about a plain gradient step with positive coefficients. Adam's metric, momentum and weight decay can break it, other
 pairs of the batch can break the one about pairs, and a step can be too long for first order: where a rule holds a change at
 0 to first order, step after step, curvature moves it all the same. `protect_chosen` and `retain_invariant` wrap the whole
-chain and keep their first-order promise under any optimizer.
+chain and keep their first-order promise under any optimizer; on command lines `--pair-chain protect_chosen`.
 
 A weighting of your own is a function of the Gram, element by element (in pair scope its fields are `[B]`):
 

@@ -38,7 +38,7 @@ def parameters(seed):
 
 @pytest.fixture(scope="module")
 def measured():
-    made = one_step_measure.programs(log_prob_fn, losses.dpo, (*NAMES, *PAIRWISE))
+    made = one_step_measure.programs(log_prob_fn, losses.dpo, (*NAMES, *PAIRWISE, "retain_invariant"))
     found = []
     for seed in range(2):
         pairs, warm = draw(48, seed, 3.0), jax.tree.map(lambda x: x.reshape(3, 8, *x.shape[1:]), draw(24, 9, 3.0))
@@ -96,6 +96,14 @@ def test_batch_sums_keep_what_was_promised_under_sgd(rows, name):
 def test_protect_chosen_keeps_the_chosen_sum_under_any_optimizer(rows, setting):
     for row in rows(setting, "protect_chosen"):
         assert row["sum_chosen_kept"]
+
+
+@pytest.mark.parametrize("setting", one_step_changes.ON_BATCH)
+def test_retain_invariant_holds_the_chosen_sum_still_under_any_optimizer(measured, setting):
+    for found in measured:
+        changes, d = found.changes[setting]["retain_invariant"], found.coefficients
+        moved = d[:, 0] @ changes.first_order[:, 0]
+        assert abs(moved) < 1e-9 * changes.step * (d[:, 0] @ found.norms[:, 0])
 
 
 def test_the_sums_are_in_units_of_margins_gain(rows):
@@ -170,7 +178,7 @@ def test_the_smoke_preset_end_to_end(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--remedies", "magic"], "--remedies magic: choose from protect_chosen, margin"),
+        (["--remedies", "magic"], "--remedies magic: choose from margin, fixed"),
         (["--pairs", "0"], "--pairs 0: at least one is needed"),
         (["--warm-steps", "-1"], "--warm-steps -1: at least one is needed"),
         (["--step", "nan"], "--step nan: a small length is needed"),

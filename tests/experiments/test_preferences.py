@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from entangle import data, models, training
+from entangle import data, losses, models, training, transforms
 from entangle.errors import UserError
 from entangle.types import PairBatch
-from experiments import pair_runs, preferences, references
+from experiments import pair_runs, preferences, references, stages
 from experiments.preferences import presets
 
 WORDS = ("tea", "coffee", "milk", "water", "juice", "soda", "cocoa", "cider")
@@ -220,6 +220,15 @@ def test_with_sft_first_every_seed_has_its_own_reference(finished, tmp_path, fai
     scored(dataclasses.replace(asked, max_length=64), 1)
     with pytest.raises(UserError, match=r"seed1_eval_batch8\.safetensors: stale .*: length is 64 there and 60 here"):
         preferences.gather(dataclasses.replace(asked, seeds=2))
+
+
+def test_a_pair_chains_wrapper_has_the_last_word_in_a_run():
+    model = models.language_model(models.DecoderConfig(vocab_size=11, max_positions=9, width=8, layers=1, heads=2))
+    chain = training.pair_chain("retain_invariant", memory=2)
+    stage = presets()["smoke"].preference
+    tx = stages.preference_program(model, stage, losses.dpo, chain, with_geometry=False, changes=False).program.tx
+    state = jax.eval_shape(lambda: tx.init(model.init(jax.random.key(0))))
+    assert isinstance(state, transforms.RetainInvariantState)
 
 
 def test_geometry_does_not_depend_on_how_many_pairs_are_held_at_a_time(finished, tmp_path):
