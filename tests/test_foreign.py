@@ -66,8 +66,7 @@ def run_apart(program, unpacked, libraries, cwd):
     allowed = installed_with(*base, *libraries)
     folders = sorted({str(importlib.metadata.distribution(name).locate_file("")) for name in allowed})
     words = json.dumps([str(program), str(unpacked), folders, sorted(fenced_off(allowed))])
-    # the compiler need not try hard for programs that run once
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         [sys.executable, "-I", "-S", "-c", START, words], cwd=cwd, env=env, capture_output=True, text=True, check=False
     )

@@ -1,10 +1,7 @@
 """Run by test_mesh.py in a process of its own, on 8 virtual devices: values and collectives of sharded programs, as JSON."""
 
 import json
-import os
 import re
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +14,8 @@ from entangle.geometry import meshes, one_backward
 from tests import zoo
 from tests.geometry.test_tokens import by_token
 from tests.toy import draw_pairs, flatten
+
+jax.config.update("jax_num_cpu_devices", 8)
 
 PAIRS = 8
 COLLECTIVE = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("

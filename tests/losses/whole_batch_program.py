@@ -1,9 +1,6 @@
 """Run by test_whole_batch.py in a process of its own, on 8 virtual devices: objectives of a sharded batch, as JSON."""
 
 import json
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 from entangle import losses
 from entangle.types import PairLogProbs
 from tests.losses.batches import drawn
+
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 def largest(left, right):

@@ -129,7 +129,7 @@ def _unit(x):
 @pytest.mark.usefixtures("x64")
 def test_pair_chains_give_the_descent_gradient_of_their_formula(chain, expected):
     params, examples = _examples(1)
-    head, rule = pair_chain(chain)
+    head, rule, _ = pair_chain(chain)
     gradient_fn = preference_gradients(MLP, losses.dpo, pair_rule=rule, with_geometry=rule is not None)
     result = jax.jit(gradient_fn)(params, examples, RATE)
     update, _ = head.update(result.gradients, head.init(params))

@@ -1,11 +1,7 @@
 """Run by test_memory_mesh.py in a process of its own, on 8 virtual devices: heads with memory, what they send, as JSON."""
 
 import json
-import os
 import re
-
-# 15 programs of which each runs five times: LLVM need not optimise them
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from entangle import transforms
 from entangle.types import PairGradients
+
+jax.config.update("jax_num_cpu_devices", 8)
 
 MEMORY, STEPS = 3, 5
 COLLECTIVE = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("

@@ -1,10 +1,7 @@
 """Run by test_compiled.py in a process of its own, on 8 virtual devices: sharded pair chains, what they send, as JSON."""
 
 import json
-import os
 import re
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from entangle import transforms
 from entangle.types import PairGradients
+
+jax.config.update("jax_num_cpu_devices", 8)
 
 COLLECTIVE = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 COMPILED = []
