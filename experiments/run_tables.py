@@ -25,7 +25,7 @@ class Runs(NamedTuple):
 
     Attributes:
       config: the experiment's configuration.
-      records: pair set -> one list of metrics records a seed.
+      records: pair set, or variant -> one list of metrics records a seed.
     """
 
     config: dict[str, Any]
@@ -64,19 +64,24 @@ class Curve(NamedTuple):
         )
 
 
-def read_runs(out: Path) -> Runs:
-    """Read the preference runs under an experiment's folder.
+def read_runs(out: Path, names: str | None = None, stage: str = "preference") -> Runs:
+    """Read the runs under an experiment's folder.
+
+    Args:
+      out: the experiment's folder.
+      names: the flag that lists the folders in it; without one they are the pair sets of ``pairs.json``.
+      stage: the run's folder in that of its seed; "" where that is the run's own.
 
     Raises:
-      UserError: the folder has no experiment, or a set has no run.
+      UserError: the folder has no experiment, or a seed has no run.
     """
     file = out / "config.json"
     if not file.exists():
         raise UserError(f"{out}: no experiment (config.json is missing)")
     config = json.loads(file.read_text(encoding="utf-8"))
     records = {}
-    for name in json.loads((out / "pairs.json").read_text(encoding="utf-8")):
-        seeds = [read_metrics(out / name / f"seed{seed}" / "preference") for seed in range(config["seeds"])]
+    for name in config[names] if names else json.loads((out / "pairs.json").read_text(encoding="utf-8")):
+        seeds = [read_metrics(out / name / f"seed{seed}" / stage) for seed in range(config["seeds"])]
         if not all(seeds):
             raise UserError(f"{out / name}: a seed has no metrics yet; run the experiment to its end first")
         records[name] = seeds

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from entangle.errors import UserError
-from entangle.training import read_metrics
 from experiments import figures
 from experiments.figures import BLUE, GREEN, ORANGE, VERMILION
-from experiments.run_tables import Curve, Runs, curve
+from experiments.run_tables import Curve, Runs, curve, read_runs
 from experiments.unlearning_config import METHODS, OPTIMIZERS, VARIANTS
 
 METHOD_STYLES: dict[str, tuple[str, Any]] = {
@@ -42,16 +39,7 @@ def read(out: Path) -> Runs:
     Raises:
       UserError: the folder has no experiment, or a variant has no run.
     """
-    file = out / "config.json"
-    if not file.exists():
-        raise UserError(f"{out}: no experiment (config.json is missing)")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    records = {}
-    for name in config["variants"]:
-        records[name] = [read_metrics(out / name / f"seed{seed}") for seed in range(config["seeds"])]
-        if not all(records[name]):
-            raise UserError(f"{out / name}: a seed has no metrics yet; run the experiment to its end first")
-    return Runs(config, records)
+    return read_runs(out, names="variants", stage="")
 
 
 def share(seeds: list[list[dict[str, Any]]]) -> Curve:
