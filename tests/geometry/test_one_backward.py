@@ -1,6 +1,7 @@
 """One backward against naive gradients, row by row: every layer kind, whole models, and what it must not do."""
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +46,11 @@ def _both(log_prob_fn, params, batch, d_w, d_l, *, apart=False):
 
 
 both = jax.jit(_both, static_argnums=0, static_argnames=("apart",))
-# XLA's older code generator for CPUs, with which the gate compiles, clamps int8 ids to 255 in int8, and reads elsewhere
-both_by_the_newer = jax.jit(_both, static_argnums=0, compiler_options={"xla_cpu_use_fusion_emitters": True})
+# XLA's older code generator for CPUs, with which scripts/test compiles where there still is one, clamps int8 ids to 255 in
+# int8, and reads elsewhere.
+OLDER = "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", "")
+NEWER = {"xla_cpu_use_fusion_emitters": True} if OLDER else None
+both_by_the_newer = jax.jit(_both, static_argnums=0, compiler_options=NEWER)
 
 
 def forget():
