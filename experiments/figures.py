@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import token_heatmap
-from experiments.run_tables import PREDICTIONS, Curve, Runs, all_predictions, curve, objective_label, read_runs
+from experiments.run_tables import PREDICTIONS, Curve, Runs, all_predictions, curve, method_label, read_runs
 
 # Okabe and Ito's colours keep apart for all common kinds of colour vision; line styles carry the same distinction.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -24,6 +24,8 @@ SET_STYLES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."))
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
+    # labels in full: next to a panel's title an offset is overlooked
+    "axes.formatter.useoffset": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
@@ -141,7 +143,7 @@ def csv_rows(name: str, series: str, found: Curve) -> Iterable[tuple[Any, ...]]:
 def _subtitle(runs: Runs) -> str:
     seeds = runs.config["seeds"]
     band = f"one base model, mean of {seeds} seeds, band: smallest to largest" if seeds > 1 else "one seed"
-    return f"{objective_label(runs.config)}, data: {Path(runs.config['data']).name}, {band}"
+    return f"{method_label(runs.config)}, data: {Path(runs.config['data']).name}, {band}"
 
 
 def _log_probs(runs: Runs, folder: Path) -> Path:

@@ -11,7 +11,7 @@ from experiments.run_tables import (
     Runs,
     all_predictions,
     curve,
-    objective_label,
+    method_label,
     pair_chain_label,
     read_runs,
     spread,
@@ -55,7 +55,7 @@ def _head(runs: Runs) -> str:
     stage, seeds = c["preference"], c["seeds"]
     sft = f"{c['sft']['steps']} steps of SFT at {c['sft']['optimizer']['learning_rate']:g}"
     return (
-        f"# {c['kind'].capitalize()} experiment: {objective_label(c)} on {Path(c['data']).name}\n\n"
+        f"# {c['kind'].capitalize()} experiment: {method_label(c)} on {Path(c['data']).name}\n\n"
         f"Model {Path(c['model']).name}, {seeds} {'seed' if seeds == 1 else 'seeds'}, "
         f"combination of the two gradients: {pair_chain_label(c)}. Preference stage: {stage['steps']} steps of "
         f"{stage['batch_size']} pairs, {stage['optimizer']['name']} at {stage['optimizer']['learning_rate']:g}, "
@@ -94,8 +94,10 @@ def _seen(runs: Runs) -> str:
 def _claims(runs: Runs, out: Path) -> str:
     verdicts = claims.paper_claims(runs, out)
     if verdicts and all(v.verdict == "measured" for v in verdicts):
-        what = f"{objective_label(runs.config)}, {pair_chain_label(runs.config)}"
-        why = f"They are about DPO by plain combination, and are not judged for this run's {what}: the numbers alone."
+        why = (
+            "They are about DPO by plain combination, and are not judged for this run's "
+            f"{method_label(runs.config)}: the numbers alone."
+        )
         return "\n".join(["## Claims of arXiv 2410.13828", "", why, "", *_table("claim", verdicts)])
     shown = [v for v in verdicts if v.verdict.startswith("shown")]
     others = [f"- {v.verdict}: {v.claim}" for v in verdicts if v not in shown]

@@ -158,6 +158,19 @@ def pair_chain_label(config: Mapping[str, Any]) -> str:
     return _with_settings(config, "pair_chain")
 
 
+def method_label(config: Mapping[str, Any]) -> str:
+    """The objective and, unless it is plain margin, how the two gradients are combined.
+
+    Example:
+      >>> from experiments.run_tables import method_label
+      >>> config = {"objective": "dpo", "pair_chain": "margin"}
+      >>> method_label(config), method_label(config | {"pair_chain": "protect_chosen"})
+      ('dpo', 'dpo, protect_chosen')
+    """
+    objective, chain = objective_label(config), pair_chain_label(config)
+    return objective if chain == "margin" else f"{objective}, {chain}"
+
+
 def _with_settings(config: Mapping[str, Any], name: str) -> str:
     given = ", ".join(f"{key} {value:g}" for key, value in config.get(f"{name}_args", {}).items())
     return config[name] + (f" ({given})" if given else "")
