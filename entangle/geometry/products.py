@@ -47,10 +47,18 @@ def inner_product(left: Params, right: Params, *, leading_axes: int = 0) -> jax.
     dtype = accumulator_dtype((left, right))
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        if not a.dtype == b.dtype == dtype:
+            a, b = (_read_alone((a,)) * 2) if a is b else _read_alone((a, b))
         return jnp.sum(a.astype(dtype) * b.astype(dtype), axis=tuple(range(leading_axes, a.ndim)))
 
     products = jax.tree.leaves(jax.tree.map(product, left, right))
     return _added(products) if products else jnp.zeros((), dtype)
+
+
+def _read_alone(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    # For CPUs XLA widens a leaf once for all products that read it, and keeps the copy, which is twice as large; where each
+    # has the leaf for itself, it widens in passing. Accelerators fuse the products, and should.
+    return jax.lax.platform_dependent(leaves, cpu=jax.lax.optimization_barrier, default=lambda leaves: leaves)
 
 
 def gram(gradients: PairGradients, *, leading_axes: int = 0) -> PairGeometry:

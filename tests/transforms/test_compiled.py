@@ -31,14 +31,14 @@ SMALL = {"embedding": (5, 4), "layers": {"bias": (2, 3), "kernel": (2, 4, 3)}}
 MOST_COPIED = 0.02  # of the parameters' size
 
 
-def draw(shapes, seed):
+def draw(shapes, seed, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
-    return jax.tree.map(lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32), shapes, is_leaf=is_shape)
+    return jax.tree.map(lambda shape: jnp.asarray(rng.standard_normal(shape), dtype), shapes, is_leaf=is_shape)
 
 
-def draw_gradients(shapes, seed):
-    return PairGradients(draw(shapes, 2 * seed + 1), draw(shapes, 2 * seed + 2))
+def draw_gradients(shapes, seed, dtype=jnp.float32):
+    return PairGradients(draw(shapes, 2 * seed + 1, dtype), draw(shapes, 2 * seed + 2, dtype))
 
 
 def make_step(head, donate):
@@ -52,10 +52,10 @@ def make_step(head, donate):
 
 
 @functools.cache
-def compile_large(head):
+def compile_large(head, dtype=jnp.float32):
     tx, step = make_step(head, donate=True)
-    params = draw(LARGE, 0)
-    return step.lower(params, tx.init(params), draw_gradients(LARGE, 0)).compile()
+    params = draw(LARGE, 0, dtype)
+    return step.lower(params, tx.init(params), draw_gradients(LARGE, 0, dtype)).compile()
 
 
 @pytest.mark.parametrize(
@@ -102,16 +102,17 @@ def test_a_callback_would_be_found():
     assert len(calls_to_the_host(compile_large(transforms.combine_pair(weighting)))) == 1
 
 
-def copied(compiled):
+def copied(compiled, dtype=jnp.float32):
     """Temporaries, and results that are not put in the place of arguments, over the parameters' size."""
     memory = compiled.memory_analysis()
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(draw(LARGE, 0)))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(draw(LARGE, 0, dtype)))
     return (memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes) / size
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", FORMS)
-def test_nothing_of_the_parameters_size_is_copied(name):
-    assert 0 <= copied(compile_large(HEADS[name])) < MOST_COPIED
+def test_nothing_of_the_parameters_size_is_copied(name, dtype):
+    assert 0 <= copied(compile_large(HEADS[name], dtype), dtype) < MOST_COPIED
 
 
 def concatenating_update(gradients, state, params=None):
