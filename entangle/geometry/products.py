@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from entangle.geometry.meshes import automatic
+from entangle.geometry.meshes import automatic, placed
 from entangle.types import PairGeometry, PairGradients, Params
 
 
@@ -49,7 +49,9 @@ def inner_product(left: Params, right: Params, *, leading_axes: int = 0) -> jax.
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         if not a.dtype == b.dtype == dtype:
             a, b = (_read_alone((a,)) * 2) if a is b else _read_alone((a, b))
-        return jnp.sum(a.astype(dtype) * b.astype(dtype), axis=tuple(range(leading_axes, a.ndim)))
+        kept = jnp.sum(a.astype(dtype) * b.astype(dtype), axis=tuple(range(leading_axes, a.ndim)))
+        # a few numbers, whose leaves may lie in parts along different axes of the mesh
+        return placed(kept, PartitionSpec()) if leading_axes else kept
 
     products = jax.tree.leaves(jax.tree.map(product, left, right))
     return _added(products) if products else jnp.zeros((), dtype)

@@ -20,15 +20,16 @@ COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, seconds, **_: COMPILED.append(event) if event.endswith("/backend_compile_duration") else None
 )
-# a parameter's shape and where it lies
+MESHES = [{"fsdp": 8}, {"stage": 2, "fsdp": 4}]
+# a parameter's shape, and where it lies on each mesh
 PARAMS = {
-    "embedding": ((24, 6), P("fsdp", None)),
+    "embedding": ((24, 6), P("fsdp", None), P(("stage", "fsdp"), None)),
     "layers": {
-        "bias": ((2, 5), P()),
-        "down": ((2, 16, 6), P(None, "fsdp", None)),
-        "up": ((2, 6, 8), P(None, None, "fsdp")),
+        "bias": ((2, 5), P(), P("stage", None)),
+        "down": ((2, 16, 6), P(None, "fsdp", None), P(None, ("stage", "fsdp"), None)),
+        "up": ((2, 6, 8), P(None, None, "fsdp"), P("stage", None, "fsdp")),
     },
-    "norm": ((6,), P()),
+    "norm": ((6,), P(), P()),
 }
 HEADS = {
     "pcgrad": transforms.combine_pair(transforms.pcgrad()),
@@ -82,9 +83,9 @@ def steps(tx, lie=lambda tree: tree):
     return params, state, len(COMPILED), step.lower(*before, gradients).compile()
 
 
-def moved(params, state):
-    """Paths of what lies elsewhere than the parameters do, or, if it is a head's number, not everywhere."""
-    specs, found = pick(1), []
+def moved(params, state, specs):
+    """Paths of what lies elsewhere than the parameters do; a head's numbers lie everywhere, or layers' with the layers."""
+    found = []
 
     def check(tree, name):
         for (path, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(specs), strict=True):
@@ -94,7 +95,7 @@ def moved(params, state):
     check(params, "params")
     check(state[1][0].trace, "trace")
     for path, leaf in jax.tree_util.tree_leaves_with_path(state[0]):
-        if not leaf.sharding.is_fully_replicated:
+        if not (leaf.sharding.is_fully_replicated or leaf.sharding.spec == P("stage")):
             found.append(f"state{jax.tree_util.keystr(path)}: {leaf.sharding}")
     return found
 
@@ -108,24 +109,26 @@ def main():
     for name, head in HEADS.items():
         tx = optax.chain(head, optax.sgd(0.1, momentum=0.9))
         right = steps(tx)[:2]
-        for kind in (AxisType.Auto, AxisType.Explicit):
-            mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(kind,))
+        for number, sizes in enumerate(MESHES):
+            specs = pick(1 + number)
+            for kind in (AxisType.Auto, AxisType.Explicit):
+                mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
 
-            def lie(tree, mesh=mesh):
-                return jax.tree.map(lambda leaf, s: jax.device_put(leaf, NamedSharding(mesh, s)), tree, pick(1))
+                def lie(tree, mesh=mesh, specs=specs):
+                    return jax.tree.map(lambda leaf, s: jax.device_put(leaf, NamedSharding(mesh, s)), tree, specs)
 
-            with jax.set_mesh(mesh):
-                params, state, count, compiled = steps(tx, lie)
-            error = jax.tree.map(
-                lambda a, b: np.max(abs(a - b)) / np.max(abs(b) + 1e-30), *map(flat, ((params, state), right))
-            )
-            result[f"{name}; {kind.name}"] = {
-                "error": float(max(error)),
-                "moved": moved(params, state),
-                "compiled": count,
-                "sent": collectives(compiled),
-                "in parts": sum(spec != P() for spec in jax.tree.leaves(pick(1))),
-            }
+                with jax.set_mesh(mesh):
+                    params, state, count, compiled = steps(tx, lie)
+                error = jax.tree.map(
+                    lambda a, b: np.max(abs(a - b)) / np.max(abs(b) + 1e-30), *map(flat, ((params, state), right))
+                )
+                result[f"{name}; {' '.join(sizes)}; {kind.name}"] = {
+                    "error": float(max(error)),
+                    "moved": moved(params, state, specs),
+                    "compiled": count,
+                    "sent": collectives(compiled),
+                    "in parts": len(sizes) * sum(spec != P() for spec in jax.tree.leaves(specs)),
+                }
     print(json.dumps(result))
 
 
