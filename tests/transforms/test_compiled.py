@@ -149,7 +149,7 @@ def on_a_mesh():
 
 
 def test_values_do_not_depend_on_the_mesh(on_a_mesh):
-    assert len(on_a_mesh) == 16
+    assert len(on_a_mesh) == 10
     assert {name: case["error"] for name, case in on_a_mesh.items() if not case["error"] < 1e-6} == {}
 
 
