@@ -28,7 +28,9 @@ class PairConfig:
       objective_args: hyperparameters of the objective by name, e.g. beta 0.2.
       pair_chain: how the two gradients are combined: a name of entangle/transforms/README.md (margin, normalized, pcgrad,
         band, ...) for the two batch gradients, or one with pairwise_ before it, for every pair by itself; or
-        protect_chosen, project_retain, retain_invariant.
+        protect_chosen (whatever the optimizer makes of plain margin, the chosen batch sum does not fall to first order),
+        project_retain or retain_invariant (forget the rejected responses, without a step towards the chosen ones, and keep
+        these as they are).
       pair_chain_args: settings of the combination by name, e.g. c 0.4 for cagrad.
       seeds: number of seeds: order of the SFT and preference batches.
       max_length: T, tokens of a row.

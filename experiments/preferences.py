@@ -110,23 +110,31 @@ def gather(settings: PreferencesConfig) -> Materials:
     try:
         train, held_out = data.divide_by_prompt(records, others)
     except UserError as error:
-        raise UserError(f"{error} with --held-out ({lines[0]})") from None
+        raise _of_the_files(f"{error} with --held-out", lines) from None
     if others is not None:
         lines.append(f"{len(records) - len(train)} training pairs left out: their prompt is held out")
     for flag, kept, most in (("train", train, settings.train_pairs), ("held-out", held_out, settings.held_out_pairs)):
         if len(kept) > most:
             lines.append(f"the first {most} of {len(kept)} {flag} pairs are taken (--{flag}-pairs)")
-    pairs, report = pair_data.encode(
-        settings,
-        checkpoint.tokenizer,
-        PAIR_SET,
-        train[: settings.train_pairs],
-        held_out[: settings.held_out_pairs],
-        add_eos=True,
-        trained=("sft", "preference") if settings.sft_first else ("preference",),
-    )
+    try:
+        pairs, report = pair_data.encode(
+            settings,
+            checkpoint.tokenizer,
+            PAIR_SET,
+            train[: settings.train_pairs],
+            held_out[: settings.held_out_pairs],
+            add_eos=True,
+            trained=("sft", "preference") if settings.sft_first else ("preference",),
+        )
+    except UserError as error:
+        raise _of_the_files(str(error), lines) from None
     references.check(settings, checkpoint, {PAIR_SET: pairs}, sft_first=settings.sft_first)
     return Materials(checkpoint, pairs, {"files": lines, **report})
+
+
+def _of_the_files(error: str, lines: Sequence[str]) -> UserError:
+    """Where pairs are too few, a reader wants to know what became of the files' lines."""
+    return UserError(f"{error} ({'; '.join(line.strip() for line in lines)})")
 
 
 def run(settings: PreferencesConfig) -> list[Path]:

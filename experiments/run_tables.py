@@ -48,7 +48,7 @@ class Curve(NamedTuple):
         return np.asarray(self.values[:, -1] - self.values[:, 0])
 
     def averaged(self, windows: int) -> Curve:
-        """The curve over so many windows of equal length, or over all its steps where they are fewer.
+        """The curve over at most so many windows of equal length (the last may be shorter), or over all its steps.
 
         Example:
           >>> import numpy as np
@@ -57,7 +57,8 @@ class Curve(NamedTuple):
           >>> found.steps.tolist(), found.values.tolist()
           ([0.5, 2.5], [[0.5, 1.0]])
         """
-        parts = np.array_split(np.arange(len(self.steps)), min(windows, len(self.steps)))
+        width = -(-len(self.steps) // windows)
+        parts = np.array_split(np.arange(len(self.steps)), range(width, len(self.steps), width))
         return Curve(
             np.array([self.steps[part].mean() for part in parts]),
             np.stack([self.values[:, part].mean(1) for part in parts], 1),

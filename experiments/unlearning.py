@@ -129,9 +129,14 @@ def _program(settings: UnlearningConfig, shared: _Compiled, variant: Variant) ->
 
 def _without_effect(settings: UnlearningConfig) -> list[tuple[tuple[str, ...], str]]:
     """Flags that change nothing beside those that were given, and why."""
+    remember = any(VARIANTS[name].remembers for name in settings.variants if name in VARIANTS)
+    found: list[tuple[tuple[str, ...], str]] = [] if remember else [(("memory",), "none of --variants has a memory")]
     if settings.from_file:
-        return [(("labels", "label_words", "sets", "vocab_size", "base"), f"the pairs are those of {settings.data}")]
-    found: list[tuple[tuple[str, ...], str]] = [(("held_out",), "--data is no preference file")]
+        return [
+            *found,
+            (("labels", "label_words", "sets", "vocab_size", "base"), f"the pairs are those of {settings.data}"),
+        ]
+    found.append((("held_out",), "--data is no preference file"))
     if settings.sets == (TWEETS,):
         found.append((("label_words",), "the responses are whole tweets"))
     if settings.model not in models.PRESETS:

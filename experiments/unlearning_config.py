@@ -55,6 +55,11 @@ class Variant(NamedTuple):
         """Folder name, and what flags call it."""
         return f"{self.optimizer}-{self.method}"
 
+    @property
+    def remembers(self) -> bool:
+        """Whether --memory is its."""
+        return self.method in ("project_memory", "joint", "metric", "invariant")
+
     def transform(self, stage: StageConfig, memory: int) -> optax.GradientTransformation:
         """The whole optax chain.
 

@@ -100,7 +100,8 @@ def _check(settings: UnlearningConfig) -> None:
         raise UserError(f"--rates {idle[0]} has no effect: it is none of --variants")
     if settings.memory < 0:
         raise UserError(f"--memory {settings.memory}: 0 or more are needed")
-    for name, value in (("--rate-scale", settings.rate_scale), *settings.rates.items()):
+    rates = {f"--rates {name}": rate for name, rate in settings.rates.items()}
+    for name, value in {"--rate-scale": settings.rate_scale, **rates}.items():
         if not (np.isfinite(value) and value > 0):
             raise UserError(f"{name} {value}: it must be positive")
     if len(settings.sets) != 1:

@@ -142,7 +142,8 @@ def _parse_object(line: bytes) -> dict[str, object]:
     except UnicodeDecodeError as error:
         raise dialogues.NotAPairError(f"not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
     except json.JSONDecodeError as error:
-        raise dialogues.NotAPairError(f"not JSON ({error.msg} at character {error.pos + 1} of the line)") from error
+        reason = error.msg.removesuffix(" at")
+        raise dialogues.NotAPairError(f"not JSON ({reason} at character {error.pos + 1} of the line)") from error
     except RecursionError as error:
         raise dialogues.NotAPairError(f"not JSON ({error})") from error
     if not isinstance(value, dict):

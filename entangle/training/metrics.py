@@ -1,7 +1,8 @@
 """Per-pair diagnostics of a batch, by name; a run logs their means.
 
 Names are grouped by a slash, as trackers show them: ``log_prob/``, ``reward/``, ``coefficient/``, ``geometry/``, ``case/``,
-``predicted/``, ``predicted_batch/``, ``first_order/``, ``realised/``, ``agreement/``, ``weight/``, ``combined/``.
+``predicted/``, ``predicted_batch/``, ``first_order/``, ``realised/``, ``agreement/``, ``weight/``, ``combined/``, ``retain/``,
+``protect/``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from entangle import geometry, transforms
 from entangle.geometry import PairChanges
 from entangle.losses import Coefficients, log_ratios
 from entangle.losses.log_ratios import as_float32
+from entangle.paths import nodes_of
 from entangle.types import PairGeometry, PairLogProbs
 
 Metrics = dict[str, jax.Array]
@@ -139,7 +141,8 @@ def combination_metrics(opt_state: Any) -> Metrics:
     Returns:
       Name to scalar: ``weight/chosen`` and ``weight/rejected``, and of the two weighed means ``combined/chosen_norm``,
       ``combined/rejected_norm`` and ``combined/cosine``; with groups ``weight/chosen/GROUP`` and so on, means over the layers
-      of stacked ones. Of a projection ``retain/removed``, the share of the step's squared length that it took.
+      of stacked ones. Of a projection ``retain/removed``, the share of the step's squared length that it took, and of
+      ``protect_chosen`` ``protect/removed``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -165,6 +168,8 @@ def combination_metrics(opt_state: Any) -> Metrics:
             metrics |= {name + (f"/{group}" if group else ""): jnp.mean(value) for name, value in found.items()}
     for kept in transforms.retained(opt_state):
         metrics["retain/removed"] = kept.removed
+    for done in nodes_of(opt_state, transforms.ProtectChosenState):
+        metrics["protect/removed"] = done.removed
     return metrics
 
 

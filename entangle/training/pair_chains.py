@@ -13,6 +13,7 @@ from entangle.errors import UserError
 from entangle.training.gradients import PairRule
 from entangle.transforms import WEIGHTINGS, RunningWeighting
 from entangle.transforms.table import made
+from entangle.transforms.weightings import check_count
 
 _PAIRWISE = "pairwise_"
 
@@ -35,25 +36,18 @@ class PairChain(NamedTuple):
     around: Callable[[optax.GradientTransformation], optax.GradientTransformation] = _unchanged
 
 
-def _project_retain(memory: float = 8, retain_weight: float = 0.0) -> PairChain:
-    return PairChain(transforms.project_retain(_whole(memory), retain_weight=retain_weight))
+def _project_retain(memory: int = 8, retain_weight: float = 0.0) -> PairChain:
+    return PairChain(transforms.project_retain(memory, retain_weight=retain_weight))
 
 
-def _retain_invariant(memory: float = 8) -> PairChain:
-    kept = _whole(memory)
+def _retain_invariant(memory: int = 8) -> PairChain:
+    kept = check_count("memory", memory, 0)
     forget = transforms.combine_pair(transforms.fixed(chosen=0.0))
     return PairChain(forget, around=lambda chain: transforms.retain_invariant(chain, kept))
 
 
 def _protect_chosen() -> PairChain:
     return PairChain(transforms.combine_pair(transforms.margin()), around=transforms.protect_chosen)
-
-
-def _whole(memory: float) -> int:
-    # the command line's settings are floats
-    if memory < 0 or not float(memory).is_integer():
-        raise ValueError(f"memory: {memory:g} is no whole number from 0 up")
-    return int(memory)
 
 
 _OTHERS = {

@@ -188,7 +188,8 @@ def check_folder(path: Path, config: Mapping[str, Any]) -> None:
             raise UserError(f"{path / CONFIG} cannot be read as JSON: {error}") from None
         if differences := _differences(there, json.loads(json.dumps(config))):
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-            raise UserError(f"{path} holds a run of another configuration: {'; '.join(differences[:3])}{more}")
+            differ = f"{'; '.join(differences[:3])}{more}"
+            raise UserError(f"{path} holds a run of another configuration: {differ}; name another folder")
     elif strangers := sorted(p.name for p in path.iterdir() if p.name not in BEFORE_CONFIG):
         raise UserError(f"{path} is not empty and holds no run (found {', '.join(strangers[:3])}); name another folder")
 

@@ -21,7 +21,7 @@ from entangle.transforms.span import RetainState, retained
 from entangle.transforms.surgery import dual_projection, gradvac, gradvac_ema, one_sided, pcgrad, upgrad
 from entangle.transforms.table import WEIGHTINGS, Entry, Promises, get_weighting
 from entangle.transforms.weightings import PairWeights, RunningWeighting, Weighting, fixed, margin
-from entangle.transforms.wrappers import RetainInvariantState, protect_chosen, retain_invariant
+from entangle.transforms.wrappers import ProtectChosenState, RetainInvariantState, protect_chosen, retain_invariant
 
 __all__ = [
     "WEIGHTINGS",
@@ -34,6 +34,7 @@ __all__ = [
     "GroupWeighting",
     "PairWeights",
     "Promises",
+    "ProtectChosenState",
     "RetainInvariantState",
     "RetainState",
     "RunningWeighting",

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 from entangle.geometry.products import accumulator_dtype
-from entangle.transforms.combine import require_pair
+from entangle.transforms.combine import require_alike, require_pair
+from entangle.transforms.weightings import check_count
 from entangle.types import PairGradients, Params
 
 
@@ -100,7 +101,9 @@ def require_combined(updates: Any) -> None:
 
 
 def _name(transform: optax.GradientTransformation) -> str:
-    return getattr(transform.update, "__qualname__", type(transform).__name__).split(".")[0]
+    name = getattr(transform.update, "__qualname__", type(transform).__name__).split(".")[0]
+    # the functions that make optimizers leave no name behind
+    return "a chain itself, as optax.adam is" if name == "chain" else name
 
 
 class AccumulatePairsState(NamedTuple):
@@ -151,8 +154,7 @@ def accumulate_pairs(inner: optax.GradientTransformation, every: int) -> optax.G
       [0.0]
       [2.0]
     """
-    if every < 1:
-        raise ValueError(f"every: {every} micro-batches a step, at least 1 is needed")
+    every = check_count("every", every, 1)
     inner = optax.with_extra_args_support(inner)
 
     def zeros(params: Params) -> PairGradients:
@@ -168,6 +170,7 @@ def accumulate_pairs(inner: optax.GradientTransformation, every: int) -> optax.G
         updates: PairGradients, state: AccumulatePairsState, params: Params | None = None, **extra_args: Any
     ) -> tuple[Params, AccumulatePairsState]:
         require_pair(updates, "accumulate_pairs")
+        require_alike("accumulate_pairs", "gradients and the state's mean of them", updates.chosen, state.mean.chosen)
         seen = state.mini_step + 1
 
         def moved(mean: jax.Array, new: jax.Array) -> jax.Array:

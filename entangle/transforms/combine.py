@@ -12,7 +12,7 @@ import optax
 from entangle.geometry import gram
 from entangle.geometry.products import accumulator_dtype
 from entangle.paths import named_leaves, nodes_of
-from entangle.transforms.weightings import PairWeights, RunningWeighting, Weighting, as_running
+from entangle.transforms.weightings import PairWeights, RunningWeighting, Weighting, as_running, check_function
 from entangle.types import PairGeometry, PairGradients, Params
 
 AnyWeighting = Weighting | RunningWeighting
@@ -90,6 +90,8 @@ def combine_pair(
     if isinstance(weighting, Mapping) and group is None:
         raise ValueError("weightings by name of a group need group, a function of a parameter's path to its name")
 
+    for name, function in ("group", group), ("stacked", stacked), ("where", where):
+        check_function(name, function, "a parameter's path")
     for one in weighting.values() if isinstance(weighting, Mapping) else [weighting]:
         as_running(one)  # refuses what is none, before anything is compiled
 
@@ -126,7 +128,13 @@ def combine_pair(
         rejected = jax.tree.leaves(updates.rejected)
         result = [jnp.zeros_like(leaf) for leaf in chosen]
         grams, weights, memory = {}, {}, {}
-        for name, part in parts(updates.chosen).items():
+        found_parts = parts(updates.chosen)
+        if group is not None and set(found_parts) != set(state.gram):
+            raise ValueError(
+                f"combine_pair: the gradients' groups are {sorted(found_parts)}, those of the parameters that the state was "
+                f"made for are {sorted(state.gram)}"
+            )
+        for name, part in found_parts.items():
             two = PairGradients([chosen[i] for i in part.leaves], [rejected[i] for i in part.leaves])
             fields: tuple[Any, ...] = tuple(state)
             before: Any = state if group is None else CombinePairState(*(field[name] for field in fields))
@@ -135,7 +143,7 @@ def combine_pair(
             products = gram(two, leading_axes=0 if part.layers is None else 1)
             grams[name] = PairGeometry(*(x.astype(dtype) for x in products))
             found, memory[name] = weighting_of(name).update(grams[name], before.memory)
-            weights[name] = PairWeights(*(jnp.asarray(w).astype(dtype) for w in found))
+            weights[name] = PairWeights(*(w.astype(dtype) for w in found))
             for i in part.leaves:
                 result[i] = weighed(weights[name], chosen[i], rejected[i])
         return jax.tree.unflatten(tree, result), CombinePairState(shown(grams), shown(weights), shown(memory))
@@ -163,20 +171,45 @@ def require_pair(updates: Any, name: str) -> None:
     """Refuse updates that are not PairGradients, naming what to do, and those whose two trees are not alike.
 
     Raises:
-      TypeError: they are something else.
+      TypeError: they are something else, or a leaf is no array of real floating numbers.
       ValueError: the two trees have other leaves, or leaves of other shapes.
     """
     if not isinstance(updates, PairGradients):
         raise TypeError(
             f"{name} takes PairGradients, got {type(updates).__name__}: "
-            "put it first in the chain and pass PairGradients(chosen, rejected) as the updates"
+            "put it first in the chain, which has one such head, and pass PairGradients(chosen, rejected) as the updates"
         )
-    shapes = [{path: jnp.shape(leaf) for path, leaf in named_leaves(side)} for side in updates]
-    structures: list[Any] = [jax.tree.structure(side) for side in updates]
+    require_alike(name, "chosen and rejected", *updates)
+    for side, tree in updates._asdict().items():
+        for path, leaf in named_leaves(tree):
+            kind = getattr(leaf, "dtype", type(leaf))
+            if isinstance(kind, type) or not jnp.issubdtype(kind, jnp.floating):
+                found = getattr(kind, "__name__", "float0" if kind == jax.dtypes.float0 else str(kind))
+                raise TypeError(
+                    f"{name}: {side} has {found} at {path or 'its root'}, and an array of real floating numbers is needed: "
+                    "close over what is not trained, so that it has no gradient"
+                )
+
+
+def require_alike(name: str, what: str, one: Params, other: Params) -> None:
+    """Refuse two trees that differ in structure or shapes, naming the first parameter where they do.
+
+    Args:
+      name: the transform's.
+      what: the two trees', for the message.
+      one: a tree.
+      other: another.
+
+    Raises:
+      ValueError: they differ.
+    """
+    shapes = [{path: jnp.shape(leaf) for path, leaf in named_leaves(tree)} for tree in (one, other)]
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (one, other)]
     if shapes[0] != shapes[1] or structures[0] != structures[1]:
         apart = [path for path in {**shapes[0], **shapes[1]} if shapes[0].get(path) != shapes[1].get(path)]
-        where = f": {apart[0]} is {shapes[0].get(apart[0])} and {shapes[1].get(apart[0])}" if apart else ""
-        raise ValueError(f"{name}: chosen and rejected are not trees of one structure and shapes{where}")
+        two = (str(side.get(apart[0], "missing")) for side in shapes) if apart else ()
+        where = f": {apart[0]} is {' and '.join(two)}" if apart else ""
+        raise ValueError(f"{name}: {what} are not trees of one structure and shapes{where}")
 
 
 def weighed(weights: PairWeights, chosen: jax.Array, rejected: jax.Array) -> jax.Array:

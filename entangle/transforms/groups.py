@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from entangle.geometry.products import accumulator_dtype, row_gram
-from entangle.transforms.weightings import check, inverse, root
+from entangle.transforms.weightings import check, check_count, inverse, root
 from entangle.types import PairGradients, Params
 
 GroupWeighting = Callable[[jax.Array, jax.Array | None], jax.Array]
@@ -63,8 +63,7 @@ def combine_groups(weighting: GroupWeighting, groups: int) -> optax.GradientTran
             "combine_groups takes a rule for groups, a function of Gram and losses, such as soft_aggregation(); "
             "weightings of pairs are for combine_pair"
         )
-    if groups < 1:
-        raise ValueError(f"groups: {groups}, at least 1 is needed")
+    groups = check_count("groups", groups, 1)
 
     def init_fn(params: Params) -> CombineGroupsState:
         dtype = accumulator_dtype(params)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from entangle.losses import Coefficients
-from entangle.transforms.weightings import RunningWeighting, Weighting, inverse, nan_unless_finite, norms
+from entangle.transforms.weightings import RunningWeighting, Weighting, as_running, inverse, nan_unless_finite, norms
 from entangle.types import PairGeometry
 
 
@@ -73,16 +73,16 @@ def per_pair(weighting: Weighting) -> Callable[[Coefficients, PairGeometry], Coe
     """
     if isinstance(weighting, RunningWeighting):
         raise TypeError("per_pair takes weightings without memory: a pair is not seen at every step")
+    checked = as_running(weighting)
 
     def rule(coefficients: Coefficients, geometry: PairGeometry) -> Coefficients:
         d_w, d_l = coefficients
-        weights = weighting(
-            PairGeometry(
-                d_w * d_w * geometry.chosen_sq_norm,
-                d_l * d_l * geometry.rejected_sq_norm,
-                d_w * d_l * geometry.inner_product,
-            )
+        gram = PairGeometry(
+            d_w * d_w * geometry.chosen_sq_norm,
+            d_l * d_l * geometry.rejected_sq_norm,
+            d_w * d_l * geometry.inner_product,
         )
+        weights, _ = checked.update(gram, ())
         return Coefficients(weights.chosen * d_w, weights.rejected * d_l)
 
     return rule

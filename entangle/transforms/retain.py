@@ -16,8 +16,8 @@ import optax
 
 from entangle.geometry.products import accumulator_dtype, inner_product
 from entangle.transforms.combine import require_pair
-from entangle.transforms.span import Leaves, RetainState, Span, check_memory, counted, remember_now, share_removed, wide
-from entangle.transforms.weightings import check, inverse, root
+from entangle.transforms.span import Leaves, RetainState, Span, counted, remember_now, share_removed, wide
+from entangle.transforms.weightings import check, check_count, inverse, root
 from entangle.types import PairGradients, Params
 
 
@@ -48,13 +48,13 @@ def project_retain(
     ``P = I - U (U^T H U)^-1 U^T H``; the head of the chain gives ``P rejected - retain_weight chosen``. It stands where
     :func:`entangle.transforms.combine_pair` would.
 
-    Scope: under a plain gradient step, with ``retain_weight`` 0, the chosen batch sum is unchanged to first order, and the
-    chosen sums of earlier batches as far as their gradients are still what they were; with a weight they change by what
-    the chosen gradient alone would change them. Where earlier gradients are nearly dependent on each other theirs holds to
-    one part in a hundred, the current one's always. Under Adam it does not hold for the Euclidean metric; in Adam's, without
-    momentum and weight decay, it holds up to how far the second moment after the step differs from the one that the
-    projection foresees, which at the first steps is far. :func:`entangle.transforms.retain_invariant` holds it under any
-    optimizer.
+    Scope: under a plain gradient step, with ``retain_weight`` 0, the chosen batch sum, that of ``d_w log pi_w`` with the
+    coefficients held, is unchanged to first order, and the chosen sums of earlier batches as far as their gradients are
+    still what they were; with a weight they change by what the chosen gradient alone would change them. Where earlier
+    gradients are nearly dependent on each other theirs holds to one part in a hundred, the current one's always. Under
+    Adam it does not hold for the Euclidean metric; in Adam's, without momentum and weight decay, it holds up to how far
+    the second moment after the step differs from the one that the projection foresees, which at the first steps is far.
+    :func:`entangle.transforms.retain_invariant` holds it under any optimizer.
 
     Where a gradient is not finite the update is NaN and the state stays as it was, so that ``optax.apply_if_finite`` around
     the optimizer after it passes over the step as a whole.
@@ -97,11 +97,13 @@ def project_retain(
       >>> [round(x, 6) + 0.0 for x in updates.tolist()]  # orthogonal to both
       [0.0, 0.0, -1.0]
     """
-    check_memory(memory)
+    memory = check_count("memory", memory, 0)
     check("retain_weight", retain_weight, 0.0, float("inf"), with_low=True)
     if radius is not None:
         check("radius", radius, 0.0, float("inf"))
     if metric is not None:
+        if not isinstance(metric, AdamMetric):
+            raise TypeError(f"metric: AdamMetric(), with the optimizer's b2 and eps, or None; got {metric!r}")
         check("b2", metric.b2, 0.0, 1.0, with_low=True)
         check("eps", metric.eps, 0.0, float("inf"), with_low=True)
 
@@ -117,6 +119,7 @@ def project_retain(
         del params, extra_args
         require_pair(updates, "project_retain")
         leaves = Leaves(updates.chosen, where, remember)
+        leaves.require("project_retain", updates.chosen, state.earlier, state.second_moment)
         retain, forget = leaves.trained(updates.chosen), wide(leaves.trained(updates.rejected))
         span = Span(wide(retain), state.earlier, leaves.remembered, None)
         if metric is not None:

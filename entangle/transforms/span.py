@@ -11,7 +11,7 @@ import optax
 
 from entangle.geometry.products import accumulator_dtype, inner_product, row_gram, row_products
 from entangle.paths import named_leaves, nodes_of
-from entangle.transforms.weightings import inverse, root
+from entangle.transforms.weightings import check_function, inverse, root
 from entangle.types import Params
 
 
@@ -42,12 +42,6 @@ def retained(opt_state: Any) -> list[RetainState]:
       [((2, 3), 0.0)]
     """
     return nodes_of(opt_state, RetainState)
-
-
-def check_memory(memory: int) -> None:
-    """Refuse a negative memory with a ValueError."""
-    if memory < 0:
-        raise ValueError(f"memory: {memory} earlier gradients, 0 or more are needed")
 
 
 # Eigenvalue of the matrix of cosines, over the largest, below which a direction counts as dependent on the others. Products
@@ -137,6 +131,8 @@ class Leaves:
     def __init__(
         self, tree: Params, where: Callable[[str], bool] | None, remember: Callable[[str], bool] | None
     ) -> None:
+        check_function("where", where, "a parameter's path")
+        check_function("remember", remember, "a parameter's path")
         names = [name for name, _ in named_leaves(tree)]
         self._trained = [i for i, name in enumerate(names) if where is None or where(name)]
         if not self._trained:
@@ -148,6 +144,19 @@ class Leaves:
         """The trained leaves of a tree."""
         leaves = jax.tree.leaves(tree)
         return [leaves[i] for i in self._trained]
+
+    def require(self, name: str, tree: Params, earlier: list[jax.Array], second_moment: list[jax.Array]) -> None:
+        """Refuse gradients that are not like the parameters for which the state was made, as far as the state tells."""
+        shapes = [leaf.shape for leaf in self.trained(tree)]
+        remembered = [shapes[i] for i in self.remembered]
+        for found, kept in (
+            (remembered, [rows.shape[1:] for rows in earlier]),
+            (shapes, [v.shape for v in second_moment]),
+        ):
+            if kept and found != kept:
+                raise ValueError(
+                    f"{name}: gradients of shapes {found}, but the state was made for parameters of {kept}"
+                )
 
     def back(self, tree: Params, trained: list[jax.Array], *, frozen: bool = False) -> Params:
         """The tree with other trained leaves; the rest as they are, or frozen: zero."""

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from entangle.losses.hyperparameters import Range
 from entangle.types import PairGeometry
@@ -57,7 +58,7 @@ def as_running(weighting: Weighting | RunningWeighting) -> RunningWeighting:
       ()
     """
     if isinstance(weighting, RunningWeighting):
-        return weighting
+        return weighting._replace(update=lambda gram, memory: _checked(gram, *weighting.update(gram, memory)))
     if not callable(weighting):
         hint = f": get_weighting({weighting!r}) finds it" if isinstance(weighting, str) else ""
         raise TypeError(f"a weighting is a function of the Gram, got {type(weighting).__name__} {weighting!r}{hint}")
@@ -65,7 +66,20 @@ def as_running(weighting: Weighting | RunningWeighting) -> RunningWeighting:
     if all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
         name = getattr(weighting, "__name__", repr(weighting))
         raise TypeError(f"{name} takes no Gram, so it makes a weighting: call it, {name}()")
-    return RunningWeighting(lambda gram: (), lambda gram, memory: (weighting(gram), memory))
+    return RunningWeighting(lambda gram: (), lambda gram, memory: _checked(gram, weighting(gram), memory))
+
+
+def _checked(gram: PairGeometry, found: Any, memory: Any) -> tuple[PairWeights, Any]:
+    shape = gram.inner_product.shape
+    fits = isinstance(found, tuple) and len(found) == 2 and all(jnp.shape(w) in ((), shape) for w in found)
+    if not fits:
+        given = [list(jnp.shape(w)) for w in jax.tree.leaves(found)]
+        raise TypeError(
+            f"a weighting gives two weights, chosen and rejected, each a number or of the Gram's shape {list(shape)}; "
+            f"this one gave shapes {given}"
+        )
+    like = gram.inner_product
+    return PairWeights(*(jnp.broadcast_to(jnp.asarray(w, like.dtype), like.shape) for w in found)), memory
 
 
 class Norms(NamedTuple):
@@ -169,7 +183,7 @@ def check(name: str, value: Any, low: float, high: float, *, with_low: bool = Fa
     """Refuse a setting outside of its range; what ``optax.inject_hyperparams`` traces is let through.
 
     Raises:
-      TypeError: it is a function.
+      TypeError: it is a function, or no number.
       ValueError: it is outside, or NaN.
 
     Example:
@@ -182,9 +196,53 @@ def check(name: str, value: Any, low: float, high: float, *, with_low: bool = Fa
         raise TypeError(
             f"{name}: a number, not a schedule; optax.inject_hyperparams around the chain follows schedules"
         )
+    if not isinstance(value, numbers.Real | np.ndarray | jax.Array):
+        raise TypeError(f"{name}: a number is needed, got {value!r}")
     range_ = Range(low, high, with_low=with_low, with_high=with_high)
     if isinstance(value, numbers.Real) and not range_.holds(float(value)):
         raise ValueError(f"{name}: {value:g} is not in {range_}")
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """A setting that counts something, as an integer.
+
+    Raises:
+      TypeError: it is no number, or traced.
+      ValueError: it is no whole number, or below ``least``.
+
+    Example:
+      >>> from entangle.transforms.weightings import check_count
+      >>> check_count("memory", 8.0, 0)
+      8
+      >>> check_count("memory", 1.5, 0)
+      Traceback (most recent call last):
+      ValueError: memory: 1.5 is no whole number from 0 up
+    """
+    if isinstance(value, jax.Array):
+        raise TypeError(
+            f"{name}: arrays have shapes that depend on it; optax.inject_hyperparams(..., static_args={name!r})"
+        )
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: a whole number is needed, got {value!r}")
+    if not float(value).is_integer() or value < least:
+        raise ValueError(f"{name}: {value:g} is no whole number from {least} up")
+    return int(float(value))
+
+
+def check_function(name: str, value: Any, of: str) -> None:
+    """Refuse what should be a function of something, or None, and is neither.
+
+    Raises:
+      TypeError: it is neither.
+
+    Example:
+      >>> from entangle.transforms.weightings import check_function
+      >>> check_function("group", "layers", "a parameter's path")
+      Traceback (most recent call last):
+      TypeError: group: a function of a parameter's path is needed, got 'layers'
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: a function of {of} is needed, got {value!r}")
 
 
 def fixed(chosen: float = 1.0, rejected: float = 1.0) -> Weighting:

@@ -13,9 +13,21 @@ from entangle.geometry.products import accumulator_dtype, inner_product
 from entangle.paths import nodes_of
 from entangle.transforms.chains import AccumulatePairsState, naming_the_fix, require_combined
 from entangle.transforms.combine import require_pair
-from entangle.transforms.span import Leaves, RetainState, Span, check_memory, counted, remember_now, share_removed, wide
-from entangle.transforms.weightings import inverse
+from entangle.transforms.span import Leaves, RetainState, Span, counted, remember_now, share_removed, wide
+from entangle.transforms.weightings import check_count, inverse, root
 from entangle.types import PairGradients, Params
+
+
+class ProtectChosenState(NamedTuple):
+    """What :func:`protect_chosen` did.
+
+    Attributes:
+      inner: state of the chain inside.
+      removed: of the last step: share of the update's squared norm that was taken; 0 where it was left alone.
+    """
+
+    inner: Any
+    removed: jax.Array
 
 
 class RetainInvariantState(NamedTuple):
@@ -43,8 +55,8 @@ def retain_invariant(
     decays weights. Here the last word is had after the optimizer: its update loses, in the Euclidean metric, its part in
     the span of the chosen gradients of this step and of up to ``memory`` steps before.
 
-    Scope: the chosen batch sum is unchanged to first order by the step that is made, exactly, for any optimizer; earlier
-    batches' as far as their gradients are still what they were.
+    Scope: the chosen batch sum, that of ``d_w log pi_w`` with the coefficients held, is unchanged to first order by the step
+    that is made, exactly, for any optimizer; earlier batches' as far as their gradients are still what they were.
 
     State: that of the chain and ``memory`` times the remembered parameters, sharded as they are, in their dtype.
 
@@ -74,7 +86,7 @@ def retain_invariant(
       >>> [round(x, 3) for x in updates.tolist()], round(float(state.retain.removed), 3)
       ([0.0, -0.5], 0.5)
     """
-    check_memory(memory)
+    memory = check_count("memory", memory, 0)
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> RetainInvariantState:
@@ -90,6 +102,7 @@ def retain_invariant(
         require_pair(updates, "retain_invariant")
         step, inside = _inner_step(inner, "retain_invariant", updates, state.inner, params, extra_args)
         leaves = Leaves(updates.chosen, where, remember)
+        leaves.require("retain_invariant", updates.chosen, state.retain.earlier, [])
         retain, own = leaves.trained(updates.chosen), leaves.trained(step)
         given, kept = wide(own), state.retain
         span = Span(wide(retain), kept.earlier, leaves.remembered, None)
@@ -124,9 +137,11 @@ def protect_chosen(
     It stands around the whole chain, learning rate included, with nothing after it; micro-batches are accumulated around
     it: ``accumulate_pairs(protect_chosen(chain), every)``.
 
-    Scope: the chosen batch sum does not fall to first order, whatever the optimizer, with positive coefficients. Second order
-    is not touched: where the first order is held at 0 step after step, the sum still drifts down by curvature. Nothing is
-    promised for single pairs, for the rejected side or for other batches.
+    Scope: the chosen batch sum does not fall to first order, whatever the optimizer, with positive coefficients. It is the sum
+    of ``d_w log pi_w`` with the coefficients held, whose gradient ``chosen`` is; the plain sum of log pi_w, in which pairs
+    count in full that the loss has almost done with, can fall. Second order is not touched: where the first order is held
+    at 0 step after step, the sum still drifts down by curvature. Nothing is promised for single pairs, for the rejected side
+    or for other batches.
 
     Args:
       inner: a chain that takes PairGradients, for example ``optax.chain(combine_pair(margin()), optax.adamw(1e-5))``.
@@ -134,8 +149,8 @@ def protect_chosen(
         nothing. Name here what the chain freezes: else the correction would move it.
 
     Returns:
-      An optax transform whose updates are PairGradients going in and a tree like the parameters coming out; its state is
-      the chain's.
+      An optax transform whose updates are PairGradients going in and a tree like the parameters coming out; its state is a
+      ProtectChosenState.
 
     Raises:
       TypeError: at trace time, when the updates are not PairGradients.
@@ -155,30 +170,33 @@ def protect_chosen(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def init_fn(params: Params) -> Any:
+    def init_fn(params: Params) -> ProtectChosenState:
         state = inner.init(params)
         _refuse_accumulation(state, "protect_chosen")
-        return state
+        return ProtectChosenState(state, jnp.zeros((), accumulator_dtype(params)))
 
     def update_fn(
-        updates: PairGradients, state: Any, params: Params | None = None, **extra_args: Any
-    ) -> tuple[Params, Any]:
+        updates: PairGradients, state: ProtectChosenState, params: Params | None = None, **extra_args: Any
+    ) -> tuple[Params, ProtectChosenState]:
         require_pair(updates, "protect_chosen")
-        step, state = _inner_step(inner, "protect_chosen", updates, state, params, extra_args)
+        step, inside = _inner_step(inner, "protect_chosen", updates, state.inner, params, extra_args)
         leaves = Leaves(updates.chosen, where, None)
         chosen, own = leaves.trained(updates.chosen), leaves.trained(step)
-        square = inner_product(chosen, chosen)
-        share = jnp.minimum(inner_product(chosen, own), 0) * inverse(square)
+        square, length = inner_product(chosen, chosen), inner_product(own, own)
+        against = jnp.minimum(inner_product(chosen, own), 0)
         # a step that the chain has passed over, as optax.apply_if_finite does, stays so
-        passed = inner_product(own, own) == 0
-        share = jnp.where(jnp.isfinite(square), share, jnp.where(passed, 0, jnp.nan))
+        bad = jnp.where(length == 0, 0, jnp.nan)
+        share = jnp.where(jnp.isfinite(square), against * inverse(square), bad)
+        cosine = against * inverse(root(square)) * inverse(root(length))
+        removed = jnp.where(jnp.isfinite(square), cosine**2, bad)
 
         def without(u: jax.Array, g: jax.Array) -> jax.Array:
             wide = accumulator_dtype(u)
             part = jnp.where(share == 0, 0, share.astype(wide) * g.astype(wide))
             return (u.astype(wide) - part).astype(u.dtype)
 
-        return leaves.back(step, [without(u, g) for u, g in zip(own, chosen, strict=True)]), state
+        out = leaves.back(step, [without(u, g) for u, g in zip(own, chosen, strict=True)])
+        return out, ProtectChosenState(inside, removed.astype(state.removed.dtype))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -20,18 +20,20 @@ Gradient surgery for preference pairs, as optax transforms. This page is made fr
 Nothing but jax and optax is needed.
 
 ```python
+import jax.numpy as jnp
 import optax
 from entangle import transforms
 from entangle.types import PairGradients
 
+params = {"w": jnp.zeros(2)}
+# mean(d_w grad log pi_w) and mean(d_l grad log pi_l), trees like the parameters; here any two
+gradients = PairGradients(chosen={"w": jnp.array([1.0, 0.0])}, rejected={"w": jnp.array([3.0, 1.0])})
 tx = optax.chain(
     transforms.combine_pair(transforms.pcgrad()),  # PairGradients in, one gradient tree out: first in the chain
     optax.clip_by_global_norm(1.0),
     optax.adamw(5e-6),
 )
-# mean(d_w grad log pi_w) and mean(d_l grad log pi_l): trees like the parameters
-gradients = PairGradients(chosen, rejected)
-updates, state = tx.update(gradients, state, params)
+updates, state = tx.update(gradients, tx.init(params), params)
 ```
 
 The two gradients come from `geometry.pair_vjp` (one forward and backward of chosen and rejected rows side by side), from
@@ -59,8 +61,12 @@ gradient step with positive coefficients, at the default settings: C the chosen 
 does not rise, M the weighted margin does not fall (the loss does not rise). A test finds a counterexample for every promise
 that is not made. Degree 1: the step scales with the gradients; 0: it has a length of its own, so plain SGD needs another
 learning rate. All but `one_sided` treat the two sides alike. Norms may be from 1e-18 to 1e18; a gradient that is not finite
-gives NaN for both weights, but for `margin` and `fixed`. Beside the two gradients nothing of their size is held, in float32;
-narrower ones are widened for the Gram, which XLA does in copies on CPUs.
+gives NaN for both weights, but for `margin` and `fixed`. Beside the two gradients nothing of their size is held; bfloat16 is
+widened in passing.
+
+**Batch sums.** The chosen batch sum is that of `d_w log pi_w` over the batch, the coefficients held as they are at this step:
+its gradient is what `chosen` is. It is not the plain sum of `log pi_w`, in which pairs count in full that the loss has almost
+done with: that one can fall where the promise is kept. Who wants a promise about it needs a `chosen` without coefficients.
 """
 
 SCOPES = """\
@@ -119,8 +125,9 @@ x, y = seen.weights
 cosine = geometry.cosine(seen.gram)  # of chosen and rejected; k above is its negative
 ```
 
-With groups these are dictionaries by name. `project_retain` keeps the share of the step that it removed in its state's
-`removed`, `retain_invariant` in `retain.removed`; `training.make_step` logs all of it.
+With groups these are dictionaries by name. `transforms.retained(state)` finds the states of `project_retain` and
+`retain_invariant` in the same way, whose `removed` is the share of the step's squared length that the projection took;
+`protect_chosen` has `state.removed` itself. `training.make_step` logs all of it (`retain/removed`, `protect/removed`).
 
 ## Two attributes
 
@@ -154,9 +161,9 @@ says the same. Settings of weightings (c, target, inset, decay) follow schedules
 range:
 
 ```python
-tx = optax.inject_hyperparams(lambda lr, c: optax.chain(combine_pair(cagrad(c)), optax.adamw(lr)))(
-    lr=5e-6, c=optax.linear_schedule(0.0, 0.5, 1000)
-)
+tx = optax.inject_hyperparams(
+    lambda lr, c: optax.chain(transforms.combine_pair(transforms.cagrad(c)), optax.adamw(lr))
+)(lr=5e-6, c=optax.linear_schedule(0.0, 0.5, 1000))
 ```
 """
 

@@ -282,6 +282,9 @@ def test_bad_input_ends_in_one_line(finished, checkpoint, tmp_path, fail):
     error = fail(words, main=preferences.main)
     assert "short.jsonl:1 and after: 2 different prompts are too few to hold every 8th out" in error
     assert error.endswith("name a held-out file with --held-out (short.jsonl: 2 of 2 lines read, 0 bad)")
+    write(short, range(9), "{}")
+    error = fail([*words, "--sft.batch-size", "9"], main=preferences.main)
+    assert "there are only 8 training pairs (short.jsonl: 9 of 10 lines read, 1 bad; short.jsonl:10: " in error
     assert not (tmp_path / "out").exists()
 
 

@@ -176,6 +176,8 @@ def test_both_sides_are_supervised_and_tweets_are_paired(checkpoint):
         (["--memory", "-1"], "--memory -1: 0 or more are needed"),
         (["--sets", "tweets", "long_suffix"], "--sets: one pair set is needed"),
         (["--sets", "medium_suffix"], "unknown pair set 'medium_suffix': choose from"),
+        (["--variants", "sgd-plain", "--memory", "3"], "--memory 3 has no effect: none of --variants has a memory"),
+        (["--variants", "sgd-plain", "--rates", "sgd-plain", "-1"], "--rates sgd-plain -1.0: it must be positive"),
         (["--pair-chain", "pcgrad"], "--pair-chain pcgrad has no effect: this study sets it itself"),
         (["--preference.optimizer.name", "sgd"], "--preference.optimizer.name sgd has no effect"),
         (["--held-out", "x.jsonl"], "--held-out x.jsonl has no effect: --data is no preference file"),

@@ -93,4 +93,8 @@ def test_what_heads_and_projections_did_is_logged_by_name_and_group():
     removed = combination_metrics(projection.update(gradients, projection.init(gradients.chosen))[1])
     # <chosen, rejected> = 12 + 2, |chosen|^2 = 13, |rejected|^2 = 26: 14^2 / (13 * 26) of the squared length
     np.testing.assert_allclose(removed["retain/removed"], 196 / 338, rtol=1e-5)
+    wrapped = transforms.protect_chosen(optax.chain(transforms.combine_pair(transforms.margin()), optax.scale(-1.0)))
+    taken = combination_metrics(wrapped.update(gradients, wrapped.init(gradients.chosen))[1])
+    # <chosen, chosen - rejected> = 13 - 14, |chosen - rejected|^2 = 11: 1 / (13 * 11) of the squared length
+    np.testing.assert_allclose(taken["protect/removed"], 1 / 143, rtol=1e-5)
     assert combination_metrics(optax.adam(1e-3).init(gradients.chosen)) == {}

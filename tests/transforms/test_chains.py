@@ -116,9 +116,9 @@ def _wrong(params):
     multi = functools.partial(optax.multi_transform, {"all": optax.trace(0.9)})
     return {
         "scale_by_adam": ("scale_by_adam", [optax.scale_by_adam(), HEAD]),
-        "adamw": ("chain", [optax.adamw(1e-3), HEAD]),
+        "adamw": ("a chain itself, as optax.adam is", [optax.adamw(1e-3), HEAD]),
         "trace": ("trace", [optax.trace(0.9), HEAD]),
-        "sgd with momentum": ("chain", [optax.sgd(0.1, momentum=0.9), HEAD]),
+        "sgd with momentum": ("a chain itself, as optax.adam is", [optax.sgd(0.1, momentum=0.9), HEAD]),
         "add_decayed_weights": ("add_decayed_weights", [optax.add_decayed_weights(0.1), HEAD]),
         "MultiSteps": ("MultiSteps", [optax.MultiSteps(optax.identity(), 2).gradient_transformation(), HEAD]),
         "MultiSteps around": ("MultiSteps", [optax.MultiSteps(whole, 2).gradient_transformation()]),
@@ -360,9 +360,14 @@ def test_extra_arguments_reach_the_chain_inside_the_accumulation():
 
 
 def test_accumulation_says_what_is_wrong():
-    with pytest.raises(ValueError, match="every: 0 micro-batches a step, at least 1 is needed"):
-        accumulate_pairs(HEAD, 0)
+    for every in (0, 1.5):
+        with pytest.raises(ValueError, match=f"^every: {every} is no whole number from 1 up"):
+            accumulate_pairs(HEAD, every)
     tx = accumulate_pairs(HEAD, 2)
+    with pytest.raises(
+        ValueError, match="accumulate_pairs: gradients and the state's mean of them are not trees of one"
+    ):
+        tx.update(draw_pair(0), tx.init({"other": jnp.ones(2)}))
     with pytest.raises(TypeError, match="accumulate_pairs takes PairGradients, got dict: put it first in the chain"):
         tx.update(draw(0), tx.init(draw(0)))
     tx = accumulate_pairs(optax.sgd(1.0), 2)

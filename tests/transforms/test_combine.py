@@ -449,7 +449,7 @@ def test_what_is_not_trained_is_in_no_gram_and_gets_zero(group):
 @pytest.mark.parametrize(
     ("rejected", "message"),
     [
-        ({"a": np.ones(2, np.float32)}, r": b is \(3,\) and None"),
+        ({"a": np.ones(2, np.float32)}, r": b is \(3,\) and missing"),
         ({"a": np.ones(2, np.float32), "b": np.ones(1, np.float32)}, r": b is \(3,\) and \(1,\)"),
         ([np.ones(2, np.float32), np.ones(3, np.float32)], "not trees of one structure and shapes"),
     ],
@@ -459,6 +459,67 @@ def test_two_trees_that_are_not_alike_are_refused(rejected, message):
     tx = transforms.combine_pair(transforms.margin())
     with pytest.raises(ValueError, match=message):
         tx.update(PairGradients(chosen, rejected), tx.init(chosen))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "found"),
+    [
+        (jnp.array([1, 2]), "int32"),
+        (jnp.array([1 + 1j]), "complex64"),
+        (np.zeros(2, jax.dtypes.float0), "float0"),
+        (jnp.array([True]), "bool"),
+        (1.5, "float"),
+    ],
+    ids=str,
+)
+def test_leaves_that_are_no_arrays_of_real_floating_numbers_are_refused_by_path(leaf, found):
+    tx = transforms.combine_pair(transforms.pcgrad())
+    tree = {"a": jnp.ones(2), "b": {"step": leaf}}
+    with pytest.raises(TypeError, match=f"^combine_pair: chosen has {found} at b/step, and an array of real"):
+        tx.update(PairGradients(tree, tree), tx.init({"a": jnp.ones(2)}))
+
+
+def test_gradients_of_other_groups_than_the_parameters_are_refused():
+    tx = transforms.combine_pair(transforms.pcgrad(), group=lambda path: path)
+    one, other = {"a": jnp.ones(2)}, {"b": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"the gradients' groups are \['b'\], those of the parameters .* are \['a'\]"):
+        tx.update(PairGradients(other, other), tx.init(one))
+
+
+@pytest.mark.parametrize("name", ["group", "stacked", "where"])
+def test_what_should_be_a_function_of_a_path_is_refused(name):
+    with pytest.raises(TypeError, match=f"^{name}: a function of a parameter's path is needed, got 'a'"):
+        transforms.combine_pair(transforms.pcgrad(), **{name: "a"})
+
+
+@pytest.mark.parametrize(
+    ("weights", "shapes"),
+    [
+        (lambda g: g.inner_product, r"\[\[\]\]"),
+        (lambda g: (1.0, 1.0, 1.0), r"\[\[\], \[\], \[\]\]"),
+        (lambda g: (jnp.ones(2), 1.0), r"\[\[2\], \[\]\]"),
+    ],
+    ids=["one", "three", "of another shape"],
+)
+def test_a_weighting_that_gives_no_two_weights_is_refused(weights, shapes):
+    tx = transforms.combine_pair(weights)
+    tree = {"a": jnp.ones(2)}
+    with pytest.raises(TypeError, match=rf"two weights, .* of the Gram's shape \[\]; this one gave shapes {shapes}$"):
+        tx.update(PairGradients(tree, tree), tx.init(tree))
+    if shapes != r"\[\[2\], \[\]\]":
+        with pytest.raises(TypeError, match="two weights"):
+            transforms.per_pair(weights)(Coefficients(jnp.ones(3), jnp.ones(3)), PairGeometry(*jnp.ones((3, 3))))
+
+
+def test_numbers_are_weights_too():
+    """Of every layer, where layers are groups: the state is the same at every step."""
+    tree = {"a": jnp.array([[1.0], [2.0]])}
+    tx = transforms.combine_pair(lambda gram: (2.0, 1), stacked=lambda path: True)
+    state = tx.init(tree)
+    updates, after = tx.update(PairGradients(tree, tree), state)
+    assert updates["a"].tolist() == [[-1.0], [-2.0]]
+    assert [w.tolist() for w in after.weights] == [[2.0, 2.0], [1.0, 1.0]]
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
 
 
 @pytest.mark.usefixtures("x64")

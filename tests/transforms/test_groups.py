@@ -261,7 +261,7 @@ def test_losses_may_be_plain_numbers():
 
 
 def test_settings_outside_of_their_range_are_refused():
-    with pytest.raises(ValueError, match="groups: 0, at least 1 is needed"):
+    with pytest.raises(ValueError, match="groups: 0 is no whole number from 1 up"):
         combine_groups(group_mean(), 0)
     with pytest.raises(ValueError, match=r"temperature: 0 is not in \(0, inf\)"):
         soft_aggregation(0.0)

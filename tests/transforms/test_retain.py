@@ -526,7 +526,13 @@ def test_protect_chosen_takes_only_what_lowers_the_chosen_sum():
     assert np.all(np.sum(g * u, 1) > -1e-6 * lengths)
     expected = v - np.minimum(before, 0)[:, None] / np.sum(g * g, 1)[:, None] * g
     np.testing.assert_allclose(u, expected, atol=1e-6)
-    assert jax.tree.structure(state) == jax.tree.structure(inside)
+    assert jax.tree.structure(state.inner) == jax.tree.structure(inside)
+    taken = np.sum((v - expected) ** 2, 1) / np.sum(v**2, 1)
+    for steps in (5, 24):
+        first = (jax.tree.map(lambda rows, steps=steps: rows[:steps], tree) for tree in trees)
+        _, after = run(protect_chosen(inner), *first, params)
+        np.testing.assert_allclose(after.removed, taken[steps - 1], atol=1e-6)
+    assert not harmless[4] and harmless[23] and after.removed == 0
 
 
 def test_protect_chosen_with_no_chosen_gradient_changes_nothing():
@@ -691,7 +697,8 @@ def test_settings_may_be_injected():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"memory": -1}, "memory: -1 earlier gradients, 0 or more are needed"),
+        ({"memory": -1}, "memory: -1 is no whole number from 0 up"),
+        ({"memory": 1.5}, "memory: 1.5 is no whole number from 0 up"),
         ({"retain_weight": -0.1}, r"retain_weight: -0.1 is not in \[0, inf\)"),
         ({"radius": 0.0}, r"radius: 0 is not in \(0, inf\)"),
         ({"metric": AdamMetric(b2=1.0)}, r"b2: 1 is not in \[0, 1\)"),
@@ -704,8 +711,51 @@ def test_settings_outside_of_their_range_are_refused(settings, message):
 
 
 def test_a_negative_memory_of_retain_invariant_is_refused():
-    with pytest.raises(ValueError, match="memory: -2 earlier gradients"):
+    with pytest.raises(ValueError, match="memory: -2 is no whole number from 0 up"):
         retain_invariant(FORGET, -2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory": "3"}, "memory: a whole number is needed, got '3'"),
+        ({"metric": "adam"}, "metric: AdamMetric.* got 'adam'"),
+        ({"metric": AdamMetric}, "metric: AdamMetric.* got <class"),
+        ({"radius": "1"}, "radius: a number is needed, got '1'"),
+    ],
+)
+def test_settings_of_another_type_are_refused(settings, message):
+    with pytest.raises(TypeError, match=message):
+        project_retain(**settings)
+
+
+@pytest.mark.parametrize("name", ["where", "remember"])
+def test_what_should_be_a_function_of_a_path_is_refused(name):
+    with pytest.raises(TypeError, match=rf"^{name}: a function of a parameter's path is needed, got \['w'\]"):
+        project_retain(**{name: ["w"]}).init({"w": jnp.ones(2)})
+
+
+def test_an_injected_memory_names_the_fix():
+    params = {"w": jnp.ones(2)}
+    with pytest.raises(TypeError, match=r"memory: .*static_args='memory'"):
+        optax.inject_hyperparams(project_retain)(memory=2).init(params)
+    tx = optax.inject_hyperparams(project_retain, static_args="memory")(memory=2, retain_weight=0.5)
+    updates, _ = jax.jit(tx.update)(PairGradients(params, params), tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.5, -0.5], atol=1e-6)
+
+
+@pytest.mark.parametrize("changed", [{"w": (2,), "new": (1,)}, {"w": (3,)}], ids=str)
+@pytest.mark.parametrize(
+    "tx",
+    [project_retain(2), project_retain(0, metric=AdamMetric()), retain_invariant(FORGET, 2)],
+    ids=["euclidean", "adam", "invariant"],
+)
+def test_gradients_unlike_the_parameters_are_refused(tx, changed):
+    other = {name: jnp.ones(shape) for name, shape in changed.items()}
+    with pytest.raises(
+        ValueError, match=r"gradients of shapes \[.*\], but the state was made for parameters of \[\(2,\)\]"
+    ):
+        tx.update(PairGradients(other, other), tx.init({"w": jnp.ones(2)}), other)
 
 
 @pytest.mark.parametrize("name", ["project_retain", "retain_invariant", "protect_chosen"])
