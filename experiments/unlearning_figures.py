@@ -152,7 +152,7 @@ def _trade_off(runs: Runs, folder: Path) -> Path:
         axes.axhline(1.0, color="grey", linewidth=0.8, label="retain falls as much")
         axes.set(title=OPTIMIZERS[optimizer], xlabel="forgotten, nats a token")
     grid[0, 0].set_ylabel("retain nats lost a nat forgotten")
-    title = "What forgetting costs on held-out pairs; a path for every variant, dots: where each seed ends"
+    title = "What forgetting costs on held-out pairs: a variant's path from a tenth of its forgetting on, dots where seeds end"
     _finish(figure, title, runs, bands=False)
     header = ("variant", "seed", "step", "forgotten_nats_per_token", "retain_change_nats_per_token")
     figures.write_csv(folder / "trade_off.csv", header, rows)
