@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from entangle.losses.hyperparameters import Range
 from entangle.types import PairGeometry
@@ -196,7 +195,7 @@ def check(name: str, value: Any, low: float, high: float, *, with_low: bool = Fa
         raise TypeError(
             f"{name}: a number, not a schedule; optax.inject_hyperparams around the chain follows schedules"
         )
-    if not isinstance(value, numbers.Real | np.ndarray | jax.Array):
+    if not isinstance(value, numbers.Real) and not hasattr(value, "dtype"):
         raise TypeError(f"{name}: a number is needed, got {value!r}")
     range_ = Range(low, high, with_low=with_low, with_high=with_high)
     if isinstance(value, numbers.Real) and not range_.holds(float(value)):
