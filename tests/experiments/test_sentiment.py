@@ -140,7 +140,8 @@ def test_another_base_model_is_not_served_old_runs(finished, tmp_path):
     folder = tmp_path / "base"
 
     def settings():
-        return shrunk(tmp_path / "out", model=str(folder), sets=("single_token",), seeds=1)
+        fast = {"changes": False, "probe_pairs": 0}
+        return shrunk(tmp_path / "out", model=str(folder), sets=("single_token",), seeds=1, **fast)
 
     for scale in (1.0, 1.5):
         if folder.exists():
