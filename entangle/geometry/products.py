@@ -122,7 +122,10 @@ def row_gram(rows: Params) -> jax.Array:
       [[5.0, 2.0], [2.0, 1.0]]
     """
     dtype = accumulator_dtype(rows)
-    return _added([_contracted(leaf, leaf, dtype) for leaf in jax.tree.leaves(rows)])
+    products = [_contracted(leaf, leaf, dtype) for leaf in jax.tree.leaves(rows)]
+    if not products:
+        raise ValueError("row_gram: the tree is empty, so the number of rows is not known")
+    return _added(products)
 
 
 def _added(products: list[jax.Array]) -> jax.Array:

@@ -188,9 +188,10 @@ def accumulate_pairs(inner: optax.GradientTransformation, every: int) -> optax.G
             return out, AccumulatePairsState(jnp.zeros_like(seen), jax.tree.map(jnp.zeros_like, mean), after)
 
         def wait(mean: PairGradients, inside: Any) -> tuple[Params, AccumulatePairsState]:
-            # like what a step gives, whatever dtype that is, and where the gradients lie
+            # like what a step gives, whatever dtype that is, and where the gradients' mean lies: gradients that are closed
+            # over have no sharding in here
             given = jax.eval_shape(step, mean, inside)[0]
-            out = jax.tree.map(lambda s, g: jnp.zeros_like(g, s.dtype), given, like)
+            out = jax.tree.map(lambda s, m: jnp.zeros_like(m, s.dtype), given, mean.chosen)
             return out, AccumulatePairsState(seen, mean, inside)
 
         return jax.lax.cond(seen == every, step, wait, mean, state.inner)

@@ -129,10 +129,13 @@ def combine_pair(
         result = [jnp.zeros_like(leaf) for leaf in chosen]
         grams, weights, memory = {}, {}, {}
         found_parts = parts(updates.chosen)
-        if group is not None and set(found_parts) != set(state.gram):
+        seen: Any = {_ALL: state.gram} if group is None else state.gram
+        made_for = {name: s.inner_product.shape for name, s in seen.items()}
+        given = {name: () if part.layers is None else (part.layers,) for name, part in found_parts.items()}
+        if given != made_for:
             raise ValueError(
-                f"combine_pair: the gradients' groups are {sorted(found_parts)}, those of the parameters that the state was "
-                f"made for are {sorted(state.gram)}"
+                f"combine_pair: the gradients' groups and their layers are {given}, those of the parameters that the state "
+                f"was made for are {made_for}"
             )
         for name, part in found_parts.items():
             two = PairGradients([chosen[i] for i in part.leaves], [rejected[i] for i in part.leaves])
@@ -203,13 +206,17 @@ def require_alike(name: str, what: str, one: Params, other: Params) -> None:
     Raises:
       ValueError: they differ.
     """
-    shapes = [{path: jnp.shape(leaf) for path, leaf in named_leaves(tree)} for tree in (one, other)]
+    found = [[(path, jnp.shape(leaf)) for path, leaf in named_leaves(tree)] for tree in (one, other)]
     structures: list[Any] = [jax.tree.structure(tree) for tree in (one, other)]
-    if shapes[0] != shapes[1] or structures[0] != structures[1]:
-        apart = [path for path in {**shapes[0], **shapes[1]} if shapes[0].get(path) != shapes[1].get(path)]
-        two = (str(side.get(apart[0], "missing")) for side in shapes) if apart else ()
-        where = f": {apart[0]} is {' and '.join(two)}" if apart else ""
-        raise ValueError(f"{name}: {what} are not trees of one structure and shapes{where}")
+    if found[0] == found[1] and structures[0] == structures[1]:
+        return
+    shapes = [dict(side) for side in found]
+    apart = [path for path in {**shapes[0], **shapes[1]} if shapes[0].get(path) != shapes[1].get(path)]
+    if apart:
+        where = f"{apart[0]} is {' and '.join(str(side.get(apart[0], 'missing')) for side in shapes)}"
+    else:
+        where = f"{structures[0]} and {structures[1]}"
+    raise ValueError(f"{name}: {what} are not trees of one structure and shapes: {where}")
 
 
 def weighed(weights: PairWeights, chosen: jax.Array, rejected: jax.Array) -> jax.Array:
@@ -250,10 +257,12 @@ def _parts(
                 'their own, as group=lambda path: path.split("/")[0] does'
             )
         part.leaves.append(index)
+    if not jax.tree.leaves(params):
+        return {_ALL: _Part([], None)}  # what optax.tree.map_params asks with
     if stacked is not None and all(part.layers is None for part in parts.values()):
         raise ValueError("stacked says so of no parameter")
     if not parts:
-        raise ValueError("no parameters are trained: the tree is empty, or where says so of all")
+        raise ValueError("no parameters are trained: where says so of all")
     return parts
 
 

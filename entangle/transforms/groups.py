@@ -89,6 +89,8 @@ def combine_groups(weighting: GroupWeighting, groups: int) -> optax.GradientTran
         gram = row_gram(updates)
         losses = None if group_losses is None else jnp.asarray(group_losses)
         weights = jnp.asarray(weighting(gram, losses), gram.dtype)
+        if weights.shape != (groups,):
+            raise ValueError(f"combine_groups: the rule gave weights of shape {list(weights.shape)}, not {[groups]}")
 
         def combine(rows: jax.Array) -> jax.Array:
             wide = weights.astype(accumulator_dtype(rows))

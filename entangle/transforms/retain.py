@@ -17,7 +17,7 @@ import optax
 from entangle.geometry.products import accumulator_dtype, inner_product
 from entangle.transforms.combine import require_pair
 from entangle.transforms.span import Leaves, RetainState, Span, counted, remember_now, share_removed, wide
-from entangle.transforms.weightings import check, check_count, inverse, root
+from entangle.transforms.weightings import check, check_count, check_function, inverse, root
 from entangle.types import PairGradients, Params
 
 
@@ -98,6 +98,8 @@ def project_retain(
       [0.0, 0.0, -1.0]
     """
     memory = check_count("memory", memory, 0)
+    for name, function in ("where", where), ("remember", remember):
+        check_function(name, function, "a parameter's path")
     check("retain_weight", retain_weight, 0.0, float("inf"), with_low=True)
     if radius is not None:
         check("radius", radius, 0.0, float("inf"))
@@ -110,7 +112,7 @@ def project_retain(
     def init_fn(params: Params) -> RetainState:
         zero = jnp.zeros((), accumulator_dtype(params))
         leaves = Leaves(params, where, remember)
-        second = [] if metric is None else [jnp.zeros_like(p, accumulator_dtype(p)) for p in leaves.trained(params)]
+        second = () if metric is None else leaves.second_moment(params)
         return RetainState(leaves.empty(params, memory), jnp.zeros((), jnp.int32), second, zero)
 
     def update_fn(
@@ -119,23 +121,25 @@ def project_retain(
         del params, extra_args
         require_pair(updates, "project_retain")
         leaves = Leaves(updates.chosen, where, remember)
-        leaves.require("project_retain", updates.chosen, state.earlier, state.second_moment)
+        leaves.require("project_retain", updates.chosen, state)
+        seconds, structure = jax.tree.flatten(state.second_moment)
         retain, forget = leaves.trained(updates.chosen), wide(leaves.trained(updates.rejected))
-        span = Span(wide(retain), state.earlier, leaves.remembered, None)
+        span = Span(wide(retain), jax.tree.leaves(state.earlier), leaves.remembered, None)
         if metric is not None:
-            span = span._replace(weights=_adam_weights(metric, state.second_moment, state.seen))
+            span = span._replace(weights=_adam_weights(metric, seconds, state.seen))
         projected = span.remove(forget)
         measured = jnp.zeros_like(state.removed)
         if metric is not None:
             # a square that overflows in the second moment would weigh nothing, and so hide
             measured = inner_product(projected, projected).astype(measured.dtype)
-            foreseen = [_moved(metric, v, f) for v, f in zip(state.second_moment, projected, strict=True)]
+            foreseen = [_moved(metric, v, f) for v, f in zip(seconds, projected, strict=True)]
             span = span._replace(weights=_adam_weights(metric, foreseen, state.seen + 1))
             projected = span.remove(forget)
         before, after = span.square(forget), span.square(projected)
         # what is left of a gradient that lies in the span is rounding, and must not be brought to any length
         left = after > (LEFT_OVER**2) * before
-        scale = jnp.where(left, 1 if radius is None else radius * inverse(root(after)), 0).astype(after.dtype)
+        length = 1 if radius is None else jnp.asarray(radius, after.dtype) * inverse(root(after))
+        scale = jnp.where(left, length, 0).astype(after.dtype)
         finite = jnp.isfinite(after + span.square(span.now)) & jnp.isfinite(measured)
         scale = jnp.where(finite, scale, jnp.nan)
         mixed = [
@@ -143,16 +147,13 @@ def project_retain(
             for f, r in zip(projected, retain, strict=True)
         ]
         out = [m.astype(r.dtype) for m, r in zip(mixed, retain, strict=True)]
-        second = (
-            []
-            if metric is None
-            else [jnp.where(finite, _moved(metric, v, m), v) for v, m in zip(state.second_moment, mixed, strict=True)]
-        )
+        if metric is not None:
+            seconds = [jnp.where(finite, _moved(metric, v, m), v) for v, m in zip(seconds, mixed, strict=True)]
         kept = [retain[i] for i in span.remembered]
         return leaves.back(updates.chosen, out, frozen=True), RetainState(
-            remember_now(state.earlier, state.seen, kept, finite),
+            remember_now(state, kept, finite),
             counted(state.seen, finite),
-            second,
+            jax.tree.unflatten(structure, seconds),
             share_removed(before, after, state.removed),
         )
 

@@ -11,7 +11,7 @@ import optax
 
 from entangle.geometry.products import accumulator_dtype, inner_product, row_gram, row_products
 from entangle.paths import named_leaves, nodes_of
-from entangle.transforms.weightings import check_function, inverse, root
+from entangle.transforms.weightings import inverse, root
 from entangle.types import Params
 
 
@@ -19,13 +19,15 @@ class RetainState(NamedTuple):
     """What a projection remembers.
 
     Attributes:
-      earlier: earlier retained gradients, arrays ``[memory, ...]`` for the parameters that are remembered, a list.
+      earlier: earlier retained gradients, a tree like the parameters of arrays ``[memory, ...]``, with ``optax.MaskedNode()``
+        for what is not remembered; ``()`` without memory.
       seen: int32, retained gradients so far.
-      second_moment: of what went out, as Adam keeps it, a list; empty in the Euclidean metric.
+      second_moment: of what went out, as Adam keeps it, a tree like the parameters, with ``optax.MaskedNode()`` for what is
+        not trained; ``()`` in the Euclidean metric.
       removed: of the last step: share of the forget gradient's squared norm, in the metric, that lay in the span.
     """
 
-    earlier: list[jax.Array]
+    earlier: Any
     seen: jax.Array
     second_moment: Any
     removed: jax.Array
@@ -38,7 +40,7 @@ def retained(opt_state: Any) -> list[RetainState]:
       >>> import jax.numpy as jnp, optax
       >>> from entangle import transforms
       >>> tx = optax.chain(transforms.project_retain(2), optax.adamw(1e-3))
-      >>> [(state.earlier[0].shape, float(state.removed)) for state in transforms.retained(tx.init(jnp.zeros(3)))]
+      >>> [(state.earlier.shape, float(state.removed)) for state in transforms.retained(tx.init(jnp.zeros(3)))]
       [((2, 3), 0.0)]
     """
     return nodes_of(opt_state, RetainState)
@@ -131,12 +133,11 @@ class Leaves:
     def __init__(
         self, tree: Params, where: Callable[[str], bool] | None, remember: Callable[[str], bool] | None
     ) -> None:
-        check_function("where", where, "a parameter's path")
-        check_function("remember", remember, "a parameter's path")
         names = [name for name, _ in named_leaves(tree)]
         self._trained = [i for i, name in enumerate(names) if where is None or where(name)]
-        if not self._trained:
-            raise ValueError("no parameters are trained: the tree is empty, or where says so of all")
+        # a tree without any is what optax.tree.map_params asks with
+        if names and not self._trained:
+            raise ValueError("no parameters are trained: where says so of all")
         # indices among the trained ones
         self.remembered = [n for n, i in enumerate(self._trained) if remember is None or remember(names[i])]
 
@@ -145,8 +146,9 @@ class Leaves:
         leaves = jax.tree.leaves(tree)
         return [leaves[i] for i in self._trained]
 
-    def require(self, name: str, tree: Params, earlier: list[jax.Array], second_moment: list[jax.Array]) -> None:
+    def require(self, name: str, tree: Params, state: RetainState) -> None:
         """Refuse gradients that are not like the parameters for which the state was made, as far as the state tells."""
+        earlier, second_moment = jax.tree.leaves(state.earlier), jax.tree.leaves(state.second_moment)
         shapes = [leaf.shape for leaf in self.trained(tree)]
         remembered = [shapes[i] for i in self.remembered]
         for found, kept in (
@@ -166,24 +168,39 @@ class Leaves:
             leaves[i] = leaf
         return jax.tree.unflatten(structure, leaves)
 
-    def empty(self, params: Params, memory: int) -> list[jax.Array]:
-        """A memory of zeros for the remembered leaves."""
+    def empty(self, params: Params, memory: int) -> Any:
+        """A memory of zeros for the remembered leaves; ``()`` of none."""
+        if not memory:
+            return ()
         trained = self.trained(params)
         # stacked, so that they lie as the parameters do
-        return [jnp.stack([jnp.zeros_like(trained[i])] * memory) for i in self.remembered] if memory else []
+        rows = [jnp.stack([jnp.zeros_like(trained[i])] * memory) for i in self.remembered]
+        return _with_holes(params, [self._trained[i] for i in self.remembered], rows)
+
+    def second_moment(self, params: Params) -> Any:
+        """Zeros for the trained leaves, in their accumulators' dtype."""
+        zeros = [jnp.zeros_like(leaf, accumulator_dtype(leaf)) for leaf in self.trained(params)]
+        return _with_holes(params, self._trained, zeros)
 
 
-def remember_now(
-    earlier: list[jax.Array], count: jax.Array, retain: list[jax.Array], finite: jax.Array
-) -> list[jax.Array]:
+def _with_holes(tree: Params, places: list[int], leaves: list[jax.Array]) -> Any:
+    structure: Any = jax.tree.structure(tree)
+    found: list[Any] = [optax.MaskedNode()] * structure.num_leaves
+    for place, leaf in zip(places, leaves, strict=True):
+        found[place] = leaf
+    return jax.tree.unflatten(structure, found)
+
+
+def remember_now(state: RetainState, retain: list[jax.Array], finite: jax.Array) -> Any:
     """The ring of earlier gradients with this one in the place of the oldest; a step that is not finite leaves it."""
+    rows, structure = jax.tree.flatten(state.earlier)
 
     def write(rows: jax.Array, new: jax.Array) -> jax.Array:
-        place = count % rows.shape[0]
+        place = state.seen % rows.shape[0]
         old = jax.lax.dynamic_index_in_dim(rows, place, 0, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(rows, jnp.where(finite, new.astype(rows.dtype), old), place, 0)
 
-    return [write(rows, new) for rows, new in zip(earlier, retain, strict=bool(earlier))]
+    return jax.tree.unflatten(structure, [write(old, new) for old, new in zip(rows, retain, strict=bool(rows))])
 
 
 def counted(count: jax.Array, finite: jax.Array) -> jax.Array:
@@ -193,4 +210,4 @@ def counted(count: jax.Array, finite: jax.Array) -> jax.Array:
 
 def share_removed(before: jax.Array, after: jax.Array, like: jax.Array) -> jax.Array:
     """Share of a squared length that is gone; 0 of nothing."""
-    return jnp.where(before == 0, 0, 1 - after * inverse(before)).astype(like.dtype)
+    return jnp.where(before == 0, 0, jnp.maximum(1 - after * inverse(before), 0)).astype(like.dtype)

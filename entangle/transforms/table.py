@@ -151,5 +151,5 @@ def made(make: Callable[..., Made], what: str, settings: Mapping[str, float]) ->
             raise UserError(f"{what}: no setting {setting!r}; {has}")
     try:
         return make(**settings)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{what}: {error}") from None

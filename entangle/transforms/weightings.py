@@ -61,18 +61,30 @@ def as_running(weighting: Weighting | RunningWeighting) -> RunningWeighting:
     if not callable(weighting):
         hint = f": get_weighting({weighting!r}) finds it" if isinstance(weighting, str) else ""
         raise TypeError(f"a weighting is a function of the Gram, got {type(weighting).__name__} {weighting!r}{hint}")
-    parameters = inspect.signature(weighting).parameters.values()
-    if all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+    if not _takes_one(weighting):
         name = getattr(weighting, "__name__", repr(weighting))
         raise TypeError(f"{name} takes no Gram, so it makes a weighting: call it, {name}()")
     return RunningWeighting(lambda gram: (), lambda gram, memory: _checked(gram, weighting(gram), memory))
 
 
+def _takes_one(function: Callable[..., Any]) -> bool:
+    """Whether it can be meant for a Gram: some argument has no default; a factory's all have one."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # some builtins have none
+        return True
+    kinds = [p.kind for p in parameters]
+    return inspect.Parameter.VAR_POSITIONAL in kinds or any(
+        p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters
+    )
+
+
 def _checked(gram: PairGeometry, found: Any, memory: Any) -> tuple[PairWeights, Any]:
     shape = gram.inner_product.shape
-    fits = isinstance(found, tuple) and len(found) == 2 and all(jnp.shape(w) in ((), shape) for w in found)
-    if not fits:
-        given = [list(jnp.shape(w)) for w in jax.tree.leaves(found)]
+    arrays = jax.tree.leaves(found)
+    fits = isinstance(found, tuple | list) and len(found) == len(arrays) == 2
+    if not (fits and all(jnp.shape(w) in ((), shape) for w in arrays)):
+        given = [list(jnp.shape(w)) for w in arrays]
         raise TypeError(
             f"a weighting gives two weights, chosen and rejected, each a number or of the Gram's shape {list(shape)}; "
             f"this one gave shapes {given}"
@@ -198,8 +210,8 @@ def check(name: str, value: Any, low: float, high: float, *, with_low: bool = Fa
     if not isinstance(value, numbers.Real) and not hasattr(value, "dtype"):
         raise TypeError(f"{name}: a number is needed, got {value!r}")
     range_ = Range(low, high, with_low=with_low, with_high=with_high)
-    if isinstance(value, numbers.Real) and not range_.holds(float(value)):
-        raise ValueError(f"{name}: {value:g} is not in {range_}")
+    if not isinstance(value, jax.core.Tracer) and not range_.holds(float(value)):
+        raise ValueError(f"{name}: {float(value):g} is not in {range_}")
 
 
 def check_count(name: str, value: Any, least: int) -> int:

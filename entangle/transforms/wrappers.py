@@ -14,7 +14,7 @@ from entangle.paths import nodes_of
 from entangle.transforms.chains import AccumulatePairsState, naming_the_fix, require_combined
 from entangle.transforms.combine import require_pair
 from entangle.transforms.span import Leaves, RetainState, Span, counted, remember_now, share_removed, wide
-from entangle.transforms.weightings import check_count, inverse, root
+from entangle.transforms.weightings import check_count, check_function, inverse, root
 from entangle.types import PairGradients, Params
 
 
@@ -55,8 +55,10 @@ def retain_invariant(
     decays weights. Here the last word is had after the optimizer: its update loses, in the Euclidean metric, its part in
     the span of the chosen gradients of this step and of up to ``memory`` steps before.
 
-    Scope: the chosen batch sum, that of ``d_w log pi_w`` with the coefficients held, is unchanged to first order by the step
-    that is made, exactly, for any optimizer; earlier batches' as far as their gradients are still what they were.
+    Scope: the chosen batch sum, that of ``d_w log pi_w`` with the coefficients held, is unchanged to first order by the
+    step that is made, for any optimizer, to the rounding of updates and parameters; earlier batches' as far as their
+    gradients are still what they were. In bfloat16 a parameter's own rounding of the step can be larger than what is
+    removed: keep parameters in float32, for a promise about the step that they make.
 
     State: that of the chain and ``memory`` times the remembered parameters, sharded as they are, in their dtype.
 
@@ -87,6 +89,8 @@ def retain_invariant(
       ([0.0, -0.5], 0.5)
     """
     memory = check_count("memory", memory, 0)
+    for name, function in ("where", where), ("remember", remember):
+        check_function(name, function, "a parameter's path")
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> RetainInvariantState:
@@ -94,7 +98,7 @@ def retain_invariant(
         empty = Leaves(params, where, remember).empty(params, memory)
         inside = inner.init(params)
         _refuse_accumulation(inside, "retain_invariant")
-        return RetainInvariantState(inside, RetainState(empty, jnp.zeros((), jnp.int32), [], zero))
+        return RetainInvariantState(inside, RetainState(empty, jnp.zeros((), jnp.int32), (), zero))
 
     def update_fn(
         updates: PairGradients, state: RetainInvariantState, params: Params | None = None, **extra_args: Any
@@ -102,10 +106,10 @@ def retain_invariant(
         require_pair(updates, "retain_invariant")
         step, inside = _inner_step(inner, "retain_invariant", updates, state.inner, params, extra_args)
         leaves = Leaves(updates.chosen, where, remember)
-        leaves.require("retain_invariant", updates.chosen, state.retain.earlier, [])
+        leaves.require("retain_invariant", updates.chosen, state.retain)
         retain, own = leaves.trained(updates.chosen), leaves.trained(step)
         given, kept = wide(own), state.retain
-        span = Span(wide(retain), kept.earlier, leaves.remembered, None)
+        span = Span(wide(retain), jax.tree.leaves(kept.earlier), leaves.remembered, None)
         left = span.remove(given)
         after = span.square(left)
         finite = jnp.isfinite(after + span.square(span.now))
@@ -114,11 +118,11 @@ def retain_invariant(
         out = [
             jnp.where(finite, a, jnp.where(passed, 0, jnp.nan)).astype(b.dtype) for a, b in zip(left, own, strict=True)
         ]
-        earlier = remember_now(kept.earlier, kept.seen, [retain[i] for i in span.remembered], finite)
+        earlier = remember_now(kept, [retain[i] for i in span.remembered], finite)
         return leaves.back(step, out), RetainInvariantState(
             inside,
             RetainState(
-                earlier, counted(kept.seen, finite), [], share_removed(span.square(given), after, kept.removed)
+                earlier, counted(kept.seen, finite), (), share_removed(span.square(given), after, kept.removed)
             ),
         )
 
@@ -134,14 +138,17 @@ def protect_chosen(
     :func:`entangle.transforms.one_sided` for the step that is really made: momentum, an adaptive metric and weight decay
     included.
 
-    It stands around the whole chain, learning rate included, with nothing after it; micro-batches are accumulated around
-    it: ``accumulate_pairs(protect_chosen(chain), every)``.
+    It stands around the whole chain, learning rate included; micro-batches are accumulated around it:
+    ``accumulate_pairs(protect_chosen(chain), every)``. Where a gradient, or the square of its norm, is not finite the update
+    is NaN, whatever the chain inside made of it: ``optax.chain(protect_chosen(chain), optax.apply_if_finite(
+    optax.identity(), 5))`` passes over such steps.
 
-    Scope: the chosen batch sum does not fall to first order, whatever the optimizer, with positive coefficients. It is the sum
-    of ``d_w log pi_w`` with the coefficients held, whose gradient ``chosen`` is; the plain sum of log pi_w, in which pairs
-    count in full that the loss has almost done with, can fall. Second order is not touched: where the first order is held
-    at 0 step after step, the sum still drifts down by curvature. Nothing is promised for single pairs, for the rejected side
-    or for other batches.
+    Scope: the chosen batch sum does not fall to first order, whatever the optimizer, with positive coefficients, to the
+    rounding of updates and parameters: in bfloat16 that can be larger than what is removed, so keep both in float32. It is
+    the sum of ``d_w log pi_w`` with the coefficients held, whose gradient ``chosen`` is; the plain sum of log pi_w, in
+    which pairs count in full that the loss has almost done with, can fall. Second order is not touched: where the first
+    order is held at 0 step after step, the sum still drifts down by curvature. Nothing is promised for single pairs, for
+    the rejected side or for other batches.
 
     Args:
       inner: a chain that takes PairGradients, for example ``optax.chain(combine_pair(margin()), optax.adamw(1e-5))``.
@@ -168,6 +175,7 @@ def protect_chosen(
       >>> [round(x, 3) for x in updates.tolist()]  # alone [-0.5, -0.5], which lowers the chosen response
       [0.0, -0.5]
     """
+    check_function("where", where, "a parameter's path")
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: Params) -> ProtectChosenState:
@@ -188,7 +196,7 @@ def protect_chosen(
         bad = jnp.where(length == 0, 0, jnp.nan)
         share = jnp.where(jnp.isfinite(square), against * inverse(square), bad)
         cosine = against * inverse(root(square)) * inverse(root(length))
-        removed = jnp.where(jnp.isfinite(square), cosine**2, bad)
+        removed = jnp.where(jnp.isfinite(square), jnp.minimum(cosine**2, 1), bad)
 
         def without(u: jax.Array, g: jax.Array) -> jax.Array:
             wide = accumulator_dtype(u)

@@ -151,14 +151,14 @@ updates, state = tx.update(rows, state, params, group_losses=jnp.stack([style_lo
 | `optax.adamw`, `trace`, `add_decayed_weights`, `masked`, `multi_transform` | after `combine_pair` |
 | `optax.MultiSteps` | after `combine_pair`: averages what is combined; `accumulate_pairs(chain, every)` averages before |
 | `accumulate_pairs` | around everything else, `protect_chosen` and `retain_invariant` included |
-| `protect_chosen`, `retain_invariant` | around the whole chain, learning rate included, with nothing after |
+| `protect_chosen`, `retain_invariant` | around the whole chain, learning rate included; after them only `apply_if_finite` |
 | `optax.inject_hyperparams` | around a function that makes the whole chain, see below |
-| `optax.apply_if_finite` | after `combine_pair`, never around it |
+| `optax.apply_if_finite` | after `combine_pair`, and after a wrapper, never around them |
 | `optax.named_chain` | as `optax.chain` |
 
 `chain_pair(...)` is `optax.chain` with errors that name the transform in the wrong place and the fix; `training.make_step`
-says the same. Settings of weightings (c, target, inset, decay) follow schedules; what is injected is not checked for its
-range:
+says the same. Settings of weightings (c, target, inset, decay) follow schedules; inside `jit` what is injected is not checked
+for its range:
 
 ```python
 tx = optax.inject_hyperparams(

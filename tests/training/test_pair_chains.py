@@ -51,6 +51,12 @@ def test_every_name_makes_a_chain():
         assert np.all(np.isfinite(update)) and np.any(update != 0), name
 
 
+@pytest.mark.parametrize(("name", "setting"), [("cagrad", "c"), ("project_retain", "memory")])
+def test_a_setting_that_is_no_number_is_refused(name, setting):
+    with pytest.raises(UserError, match=f"{name}': {setting}: a (whole )?number is needed, got '0.4'"):
+        pair_chain(name, **{setting: "0.4"})
+
+
 @pytest.mark.parametrize("memory", [-1.0, 0.5, float("inf"), float("nan")])
 @pytest.mark.parametrize("name", ["project_retain", "retain_invariant"])
 def test_a_memory_that_is_no_number_of_steps_is_refused(name, memory):

@@ -104,6 +104,26 @@ def flat(tree):
     return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
 
 
+def accumulated():
+    """Where two micro-batches lead that no jitted function is given: called as they are, and closed over in a scan."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jnp.zeros((4, 8)), NamedSharding(mesh, P("x", "y")))
+        gradients = PairGradients(params + 1, params + 3)
+        tx = transforms.accumulate_pairs(optax.chain(transforms.combine_pair(transforms.margin()), optax.sgd(1.0)), 2)
+        state = tx.init(params)
+        eager, eager_state = [], state
+        for _ in range(2):
+            updates, eager_state = tx.update(gradients, eager_state, params)
+            eager.append(updates)
+        scanned = jax.lax.scan(lambda s, _: tx.update(gradients, s, params)[::-1], state, length=2)[1]
+    return {
+        "eager": [np.unique(updates).tolist() for updates in eager],
+        "scanned": [np.unique(updates).tolist() for updates in np.asarray(scanned)],
+        "lie": [str(updates.sharding.spec) for updates in (*eager, scanned)],
+    }
+
+
 def main():
     result = {}
     for name, head in HEADS.items():
@@ -129,7 +149,7 @@ def main():
                     "sent": collectives(compiled),
                     "in parts": len(sizes) * sum(spec != P() for spec in jax.tree.leaves(specs)),
                 }
-    print(json.dumps(result))
+    print(json.dumps({"cases": result, "accumulated": accumulated()}))
 
 
 if __name__ == "__main__":

@@ -482,8 +482,38 @@ def test_leaves_that_are_no_arrays_of_real_floating_numbers_are_refused_by_path(
 def test_gradients_of_other_groups_than_the_parameters_are_refused():
     tx = transforms.combine_pair(transforms.pcgrad(), group=lambda path: path)
     one, other = {"a": jnp.ones(2)}, {"b": jnp.ones(2)}
-    with pytest.raises(ValueError, match=r"the gradients' groups are \['b'\], those of the parameters .* are \['a'\]"):
+    with pytest.raises(ValueError, match=r"groups and their layers are {'b': \(\)}, those of .* for are {'a': \(\)}"):
         tx.update(PairGradients(other, other), tx.init(one))
+    tx = transforms.combine_pair(transforms.gradvac_ema(), stacked=lambda path: True)
+    with pytest.raises(ValueError, match=r"are {'all': \(2,\)}, those of .* for are {'all': \(1,\)}"):
+        tx.update(PairGradients(jnp.ones((2, 3)), jnp.ones((2, 3))), tx.init(jnp.ones((1, 3))))
+
+
+def test_paths_that_are_written_alike_are_not_taken_for_one():
+    tx = transforms.combine_pair(transforms.margin())
+    chosen, rejected = ({"a/b": jnp.ones(3), "a": {"b": jnp.ones(n)}} for n in (2, 1))
+    with pytest.raises(ValueError, match="not trees of one structure and shapes"):
+        tx.update(PairGradients(chosen, rejected), tx.init(chosen))
+
+
+def test_maps_over_parameters_find_those_of_the_optimizer():
+    """As optax's own tools for placing and masking states ask: with a tree that has no leaves."""
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    head = transforms.combine_pair(transforms.pcgrad())
+    chain = optax.chain(head, optax.adam(1.0))
+    for tx, mapped in (
+        (chain, 4),
+        (optax.chain(transforms.project_retain(2), optax.adam(1.0)), 6),
+        (optax.chain(transforms.project_retain(0, metric=transforms.AdamMetric()), optax.sgd(1.0)), 2),
+        (transforms.protect_chosen(chain), 4),
+        (transforms.retain_invariant(chain, 3, remember=lambda path: path == "b"), 5),
+        (transforms.accumulate_pairs(chain, 2), 8),
+    ):
+        state = tx.init(params)
+        after = optax.tree.map_params(tx, lambda leaf: leaf + 7, state)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), after, state)
+        assert sum(jax.tree.leaves(moved)) == mapped
 
 
 @pytest.mark.parametrize("name", ["group", "stacked", "where"])
@@ -509,6 +539,20 @@ def test_a_weighting_that_gives_no_two_weights_is_refused(weights, shapes):
     if shapes != r"\[\[2\], \[\]\]":
         with pytest.raises(TypeError, match="two weights"):
             transforms.per_pair(weights)(Coefficients(jnp.ones(3), jnp.ones(3)), PairGeometry(*jnp.ones((3, 3))))
+
+
+def test_what_can_be_meant_for_a_gram_is_a_weighting():
+    rule = transforms.pcgrad()
+    tree = {"a": jnp.ones(2)}
+
+    def around(*args):
+        return list(rule(*args))
+
+    tx = transforms.combine_pair(around)
+    updates, _ = tx.update(PairGradients(tree, tree), tx.init(tree))
+    assert updates["a"].tolist() == [0, 0]
+    with pytest.raises(TypeError, match=r"pcgrad takes no Gram, so it makes a weighting: call it, pcgrad\(\)"):
+        transforms.combine_pair(transforms.pcgrad)
 
 
 def test_numbers_are_weights_too():

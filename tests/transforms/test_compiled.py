@@ -141,11 +141,22 @@ def test_a_head_that_copies_would_be_found(update, least):
 
 
 @pytest.fixture(scope="module")
-def on_a_mesh():
-    program = [sys.executable, "-m", "tests.transforms.mesh_program"]
-    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, check=False)
+def program():
+    words = [sys.executable, "-m", "tests.transforms.mesh_program"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture
+def on_a_mesh(program):
+    return program["cases"]
+
+
+def test_gradients_that_are_closed_over_are_accumulated_where_they_lie(program):
+    found = program["accumulated"]
+    assert found["eager"] == found["scanned"] == [[0], [-2]]
+    assert found["lie"] == ["P('x', 'y')", "P('x', 'y')", "P(None, 'x', 'y')"]
 
 
 def test_values_do_not_depend_on_the_mesh(on_a_mesh):

@@ -263,6 +263,9 @@ def test_losses_may_be_plain_numbers():
 def test_settings_outside_of_their_range_are_refused():
     with pytest.raises(ValueError, match="groups: 0 is no whole number from 1 up"):
         combine_groups(group_mean(), 0)
+    tx = combine_groups(lambda gram, losses: gram, 2)
+    with pytest.raises(ValueError, match=r"combine_groups: the rule gave weights of shape \[2, 2\], not \[2\]"):
+        tx.update(jnp.ones((2, 4)), tx.init(jnp.ones(4)))
     with pytest.raises(ValueError, match=r"temperature: 0 is not in \(0, inf\)"):
         soft_aggregation(0.0)
     with pytest.raises(ValueError, match="projected_on_last: a row besides the full target is needed"):

@@ -318,20 +318,26 @@ def test_half_precision_is_rounded_once_at_the_end():
     expected, _ = naive(chosen, rejected, retain_weight=0.7)
     # 2^-8: half a unit of bfloat16's 8 bits
     np.testing.assert_allclose(found, expected, rtol=2**-8 + 1e-6, atol=1e-5)
-    assert {leaf.dtype for leaf in state.earlier} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.earlier)} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_state_holds_the_remembered_leaves_alone_each_with_a_leading_axis_of_the_memory(dtype):
     params = rows_to_tree(np.zeros(WIDTH), dtype)
     state = project_retain(5, remember=lambda path: path.startswith("b/")).init(params)
-    assert [(leaf.shape, leaf.dtype) for leaf in state.earlier] == [((5,), dtype), ((5, 5), dtype)]
-    assert state.second_moment == []
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state.earlier)] == [((5,), dtype), ((5, 5), dtype)]
+    assert state.second_moment == ()
     state = project_retain(0, metric=ADAM).init(params)
-    assert state.earlier == []
-    assert [(leaf.shape, leaf.dtype) for leaf in state.second_moment] == [(s, jnp.float32) for s in ((3, 4), (), (5,))]
+    assert state.earlier == ()
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state.second_moment)] == [
+        (s, jnp.float32) for s in ((3, 4), (), (5,))
+    ]
     inner = optax.chain(FORGET, optax.sgd(0.1))
-    assert [leaf.shape for leaf in retain_invariant(inner, 2).init(params).retain.earlier] == [(2, 3, 4), (2,), (2, 5)]
+    assert [leaf.shape for leaf in jax.tree.leaves(retain_invariant(inner, 2).init(params).retain.earlier)] == [
+        (2, 3, 4),
+        (2,),
+        (2, 5),
+    ]
 
 
 def test_what_is_remembered_are_the_last_gradients_in_a_ring():
@@ -339,7 +345,8 @@ def test_what_is_remembered_are_the_last_gradients_in_a_ring():
     _, state = vectors(project_retain(3), chosen, rejected, jnp.float32)
     # step t lies in place t mod 3: 6, 4, 5
     np.testing.assert_array_equal(
-        np.concatenate([np.reshape(x, (3, -1)) for x in state.earlier], 1), np.float32(chosen[[6, 4, 5]])
+        np.concatenate([np.reshape(x, (3, -1)) for x in jax.tree.leaves(state.earlier)], 1),
+        np.float32(chosen[[6, 4, 5]]),
     )
 
 
@@ -415,7 +422,7 @@ def test_retain_invariant_remembers_older_gradients_on_the_chosen_leaves_only():
     )
     expected, _ = naive(chosen, rejected, remembered=FIRST, memory=2)
     np.testing.assert_allclose(found, -expected, atol=1e-5)
-    assert [leaf.shape for leaf in state.retain.earlier] == [(2, 3, 4), (2,)]
+    assert [leaf.shape for leaf in jax.tree.leaves(state.retain.earlier)] == [(2, 3, 4), (2,)]
 
 
 def test_no_step_of_the_chain_inside_removes_nothing():
@@ -467,7 +474,8 @@ def test_project_retain_gives_zero_to_what_is_not_trained():
     rejected = {"body": jnp.array([2.0, 1.0]), "backbone": jnp.array([-5.0, 1.0])}
     tx = project_retain(2, metric=ADAM, where=lambda path: path == "body")
     state = tx.init(chosen)
-    assert [leaf.shape for leaf in state.earlier] == [(2, 2)] and len(state.second_moment) == 1
+    assert [leaf.shape for leaf in jax.tree.leaves(state.earlier)] == [(2, 2)]
+    assert len(jax.tree.leaves(state.second_moment)) == 1
     updates, _ = tx.update(PairGradients(chosen, rejected), state)
     np.testing.assert_allclose(updates["body"], [0.0, 1.0], atol=1e-6)
     assert updates["backbone"].tolist() == [0, 0]
@@ -679,7 +687,10 @@ def test_states_of_projections_are_found_however_deep():
     inside = optax.chain(project_retain(1), optax.sgd(1.0))
     state = optax.named_chain(("all", transforms.accumulate_pairs(inside, 2))).init(jnp.zeros(2))
     around = retain_invariant(optax.chain(FORGET, optax.sgd(1.0)), 3).init(jnp.zeros(2))
-    assert [s.earlier[0].shape for s in transforms.retained({"a": (state,), "b": around})] == [(1, 2), (3, 2)]
+    assert [jax.tree.leaves(s.earlier)[0].shape for s in transforms.retained({"a": (state,), "b": around})] == [
+        (1, 2),
+        (3, 2),
+    ]
     assert transforms.retained(optax.adam(1.0).init(jnp.zeros(2))) == []
 
 
@@ -731,8 +742,14 @@ def test_settings_of_another_type_are_refused(settings, message):
 
 @pytest.mark.parametrize("name", ["where", "remember"])
 def test_what_should_be_a_function_of_a_path_is_refused(name):
-    with pytest.raises(TypeError, match=rf"^{name}: a function of a parameter's path is needed, got \['w'\]"):
-        project_retain(**{name: ["w"]}).init({"w": jnp.ones(2)})
+    message = rf"^{name}: a function of a parameter's path is needed, got \['w'\]"
+    with pytest.raises(TypeError, match=message):
+        project_retain(**{name: ["w"]})
+    with pytest.raises(TypeError, match=message):
+        retain_invariant(FORGET, **{name: ["w"]})
+    if name == "where":
+        with pytest.raises(TypeError, match=message):
+            protect_chosen(FORGET, where=["w"])
 
 
 def test_an_injected_memory_names_the_fix():
@@ -742,6 +759,25 @@ def test_an_injected_memory_names_the_fix():
     tx = optax.inject_hyperparams(project_retain, static_args="memory")(memory=2, retain_weight=0.5)
     updates, _ = jax.jit(tx.update)(PairGradients(params, params), tx.init(params), params)
     np.testing.assert_allclose(updates["w"], [-0.5, -0.5], atol=1e-6)
+
+
+def test_an_injected_radius_under_strict_promotion():
+    params = {"w": jnp.ones(2, jnp.bfloat16)}
+    tx = optax.inject_hyperparams(lambda r: project_retain(0, radius=r))(r=2.0)
+    gradients = PairGradients({"w": jnp.array([1, 0], jnp.bfloat16)}, {"w": jnp.array([1, 1], jnp.bfloat16)})
+    with jax.numpy_dtype_promotion("strict"):
+        updates, _ = jax.jit(tx.update)(gradients, tx.init(params), params)
+    assert updates["w"].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("wrapper", [protect_chosen, retain_invariant])
+def test_a_guard_after_the_wrapper_passes_over_what_overflows(wrapper):
+    inner = optax.chain(combine_pair(margin()), optax.sgd(0.1))
+    params = jnp.zeros(2)
+    too_large = PairGradients(jnp.array([1e25, 1.0]), jnp.array([1.0, 1.0]))
+    bare, guarded = wrapper(inner), optax.chain(wrapper(inner), optax.apply_if_finite(optax.identity(), 5))
+    assert np.all(np.isnan(bare.update(too_large, bare.init(params), params)[0]))
+    assert guarded.update(too_large, guarded.init(params), params)[0].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("changed", [{"w": (2,), "new": (1,)}, {"w": (3,)}], ids=str)
