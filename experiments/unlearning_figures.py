@@ -140,7 +140,7 @@ def _trade_off(runs: Runs, folder: Path) -> Path:
         for name, label, colour, line in _styled(names):
             forget, retain = (moved(runs.records[name], side) for side in ("rejected", "chosen"))
             f, r = -forget.values.mean(0), -retain.values.mean(0)
-            drawn = f > max(FAR_ENOUGH * f.max(), 0)  # before, the ratio is one of noise
+            drawn = f > max(FAR_ENOUGH * float(np.max(f)), 0.0)  # before, the ratio is one of noise
             axes.plot(f[drawn], r[drawn] / f[drawn], linestyle=line, color=colour, label=label, linewidth=1.6)
             ends = [-found.values[:, -1] for found in (forget, retain)]
             forgot = ends[0] > 0

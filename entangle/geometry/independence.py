@@ -56,7 +56,8 @@ def hold_rows_apart(closed: core.ClosedJaxpr, batch_inputs: Iterable[int]) -> No
     of_batch = set(batch_inputs)
     inputs: list[Axes | str] = []
     for number, var in enumerate(closed.jaxpr.invars):
-        axes = _plain(var.aval.shape)
+        aval: Any = var.aval
+        axes = _plain(aval.shape)
         if number in of_batch:
             axes = (((axes[0][0][0], PAIRS),), ((axes[1][0][0], SIDES),), *axes[2:])
         inputs.append(axes)
