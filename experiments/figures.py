@@ -24,9 +24,9 @@ SET_STYLES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."))
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
+    "axes.spines.right": False,
     # labels in full: next to a panel's title an offset is overlooked
     "axes.formatter.useoffset": False,
-    "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
     "figure.dpi": 120,

@@ -138,8 +138,8 @@ def accumulate_pairs(inner: optax.GradientTransformation, every: int) -> optax.G
       An optax transform whose updates are PairGradients going in and a tree like the parameters coming out.
 
     Raises:
-      ValueError: ``every`` is below 1.
-      TypeError: at trace time, when the updates are not PairGradients.
+      ValueError: ``every`` is no whole number from 1 up; or, at trace time, when the gradients are not like the parameters.
+      TypeError: at trace time, when the updates are not PairGradients of floating arrays.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -63,9 +63,11 @@ def combine_pair(
       dtypes kept; its state is a CombinePairState, which :func:`combined` finds in the chain's state.
 
     Raises:
-      TypeError: the weighting is none; or, at trace time, the updates are not PairGradients.
+      TypeError: the weighting is none; or, at trace time, it does not give two weights, or the updates are not PairGradients
+        of floating arrays.
       ValueError: at init, when a group has no weighting or a weighting no group, or when parameters of one group have
-        different numbers of layers; at trace time, when chosen and rejected are not alike.
+        different numbers of layers; at trace time, when chosen and rejected are not alike, or have
+        other groups or layers than the parameters.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -129,14 +131,7 @@ def combine_pair(
         result = [jnp.zeros_like(leaf) for leaf in chosen]
         grams, weights, memory = {}, {}, {}
         found_parts = parts(updates.chosen)
-        seen: Any = {_ALL: state.gram} if group is None else state.gram
-        made_for = {name: s.inner_product.shape for name, s in seen.items()}
-        given = {name: () if part.layers is None else (part.layers,) for name, part in found_parts.items()}
-        if given != made_for:
-            raise ValueError(
-                f"combine_pair: the gradients' groups and their layers are {given}, those of the parameters that the state "
-                f"was made for are {made_for}"
-            )
+        _require_parts(found_parts, {_ALL: state.gram} if group is None else state.gram)
         for name, part in found_parts.items():
             two = PairGradients([chosen[i] for i in part.leaves], [rejected[i] for i in part.leaves])
             fields: tuple[Any, ...] = tuple(state)
@@ -264,6 +259,17 @@ def _parts(
     if not parts:
         raise ValueError("no parameters are trained: where says so of all")
     return parts
+
+
+def _require_parts(parts: dict[str, _Part], kept: Any) -> None:
+    """Refuse gradients of other groups, or of other numbers of layers, than the Grams of the state."""
+    made_for = {name: s.inner_product.shape for name, s in kept.items()}
+    given = {name: () if part.layers is None else (part.layers,) for name, part in parts.items()}
+    if given != made_for:
+        raise ValueError(
+            f"combine_pair: the gradients' groups and their layers are {given}, those of the parameters that the state "
+            f"was made for are {made_for}"
+        )
 
 
 def _counted(layers: int | None) -> str:

@@ -81,8 +81,8 @@ def project_retain(
       the step; here what goes out is projected once more, with the second moment that it itself leads to.
 
     Raises:
-      ValueError: a setting is outside of its range.
-      TypeError: at trace time, when the updates are not PairGradients.
+      ValueError: a setting is outside of its range; or, at trace time, when the gradients are not like the parameters.
+      TypeError: a setting is of another type; or, at trace time, when the updates are not PairGradients of floating arrays.
 
     Example:
       >>> import jax.numpy as jnp, optax

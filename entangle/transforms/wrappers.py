@@ -73,8 +73,9 @@ def retain_invariant(
       An optax transform whose updates are PairGradients going in and a tree like the parameters coming out.
 
     Raises:
-      ValueError: memory is negative; or, at init, when micro-batches are accumulated inside.
-      TypeError: at trace time, when the updates are not PairGradients.
+      ValueError: memory is no whole number from 0 up; or, at init, when micro-batches are accumulated inside; or, at trace
+        time, when the gradients are not like the parameters.
+      TypeError: an argument is of another type; or, at trace time, when the updates are not PairGradients of floating arrays.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -140,8 +141,8 @@ def protect_chosen(
 
     It stands around the whole chain, learning rate included; micro-batches are accumulated around it:
     ``accumulate_pairs(protect_chosen(chain), every)``. Where a gradient, or the square of its norm, is not finite the update
-    is NaN, whatever the chain inside made of it: ``optax.chain(protect_chosen(chain), optax.apply_if_finite(
-    optax.identity(), 5))`` passes over such steps.
+    is NaN, whatever the chain inside made of it; ``optax.apply_if_finite(optax.identity(), 5)`` after it, in a chain, passes
+    over such steps.
 
     Scope: the chosen batch sum does not fall to first order, whatever the optimizer, with positive coefficients, to the
     rounding of updates and parameters: in bfloat16 that can be larger than what is removed, so keep both in float32. It is
