@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from entangle.transforms import WEIGHTINGS
 from entangle.transforms.table import Promises
-from experiments.figures import BLUE, STYLE, VERMILION
 from experiments.one_step_changes import ALONE, ON_BATCH, PROTECT, SETTINGS, STILL, Changes, Measured, agreement, signs
+from experiments.plotting import BLUE, STYLE, VERMILION
 
 Row = dict[str, Any]
 NAME = "one_step"

@@ -9,7 +9,7 @@ from typing import Any
 from entangle import losses, training
 from entangle.training import RunFolder
 from entangle.types import Params
-from experiments import figures, references, report, stages
+from experiments import pair_figures, references, report, stages
 from experiments.pair_config import PairConfig, identity, objective_identity
 from experiments.pair_data import Checkpoint
 
@@ -130,7 +130,7 @@ def write_up(experiment: RunFolder) -> list[Path]:
     Returns:
       The files that a reader wants: figures and report.
     """
-    files = [*figures.draw(experiment.path), report.write(experiment.path)]
+    files = [*pair_figures.draw(experiment.path), report.write(experiment.path)]
     if not experiment.done:
         experiment.mark_done({"files": [str(f.relative_to(experiment.path)) for f in files]})
     return files

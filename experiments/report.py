@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from experiments import claims, figures
+from experiments import claims, pair_figures
 from experiments.run_tables import (
     PREDICTIONS,
     Runs,
@@ -168,7 +168,7 @@ def _cases(runs: Runs) -> str:
 
 
 def _pictures(runs: Runs, out: Path) -> str:
-    names = [name for name in figures.names(runs) if (out / "figures" / f"{name}.png").exists()]
+    names = [name for name in pair_figures.names(runs) if (out / "figures" / f"{name}.png").exists()]
     return "\n\n".join(["## Figures", *(f"![{name}](figures/{name}.png)" for name in names)])
 
 

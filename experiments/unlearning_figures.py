@@ -12,8 +12,8 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments import figures
-from experiments.figures import BLUE, GREEN, ORANGE, VERMILION
+from experiments import plotting
+from experiments.plotting import BLUE, GREEN, ORANGE, VERMILION
 from experiments.run_tables import Curve, Runs, curve, read_runs
 from experiments.unlearning_config import METHODS, OPTIMIZERS, VARIANTS
 
@@ -69,7 +69,7 @@ def draw(out: Path) -> list[Path]:
     runs = read(out)
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
-    with matplotlib.rc_context(figures.STYLE):
+    with matplotlib.rc_context(plotting.STYLE):
         return [_log_probs(runs, folder), _trade_off(runs, folder), _first_order(runs, folder)]
 
 
@@ -120,8 +120,8 @@ def _log_probs(runs: Runs, folder: Path) -> Path:
         for axes, (side, called) in zip(grid[:, column], SIDES.items(), strict=True):
             for name, label, colour, line in _styled(names):
                 found = moved(runs.records[name], side)
-                figures.band(axes, found, colour, line, label)
-                rows += figures.csv_rows(name, called, found)
+                plotting.band(axes, found, colour, line, label)
+                rows += plotting.csv_rows(name, called, found)
             axes.axhline(0.0, color="black", linewidth=0.6)
         grid[0, column].set_title(OPTIMIZERS[optimizer])
         grid[1, column].set_xlabel("step")
@@ -129,8 +129,8 @@ def _log_probs(runs: Runs, folder: Path) -> Path:
         axes.set_ylabel(f"{called}: change, nats a token")
     _finish(figure, "Held-out log-probability of what is kept and what is forgotten", runs)
     header = ("variant", "side", "seed", "step", "change_nats_per_token")
-    figures.write_csv(folder / "log_probs.csv", header, rows)
-    return figures.save(figure, folder / "log_probs")
+    plotting.write_csv(folder / "log_probs.csv", header, rows)
+    return plotting.save(figure, folder / "log_probs")
 
 
 def _trade_off(runs: Runs, folder: Path) -> Path:
@@ -155,8 +155,8 @@ def _trade_off(runs: Runs, folder: Path) -> Path:
     title = "What forgetting costs on held-out pairs: a variant's path from a tenth of its forgetting on, dots where seeds end"
     _finish(figure, title, runs, bands=False)
     header = ("variant", "seed", "step", "forgotten_nats_per_token", "retain_change_nats_per_token")
-    figures.write_csv(folder / "trade_off.csv", header, rows)
-    return figures.save(figure, folder / "trade_off")
+    plotting.write_csv(folder / "trade_off.csv", header, rows)
+    return plotting.save(figure, folder / "trade_off")
 
 
 def _first_order(runs: Runs, folder: Path) -> Path:
@@ -165,11 +165,11 @@ def _first_order(runs: Runs, folder: Path) -> Path:
     for axes, (optimizer, names) in zip(grid[0], _panels(runs).items(), strict=True):
         for name, label, colour, line in _styled(names):
             found = share(runs.records[name])
-            rows += figures.csv_rows(name, "share", found)
-            figures.band(axes, Curve(found.steps, np.maximum(found.values, FLOOR)), colour, line, label)
+            rows += plotting.csv_rows(name, "share", found)
+            plotting.band(axes, Curve(found.steps, np.maximum(found.values, FLOOR)), colour, line, label)
         axes.set(title=OPTIMIZERS[optimizer], xlabel="step", yscale="log")
     grid[0, 0].set_ylabel("retain nats a forget nat,\nfirst order")
     title = "First-order change of the batch's retain sum at each step, for a nat by which its forget sum changes"
     _finish(figure, title, runs)
-    figures.write_csv(folder / "first_order.csv", ("variant", "metric", "seed", "step", "value"), rows)
-    return figures.save(figure, folder / "first_order")
+    plotting.write_csv(folder / "first_order.csv", ("variant", "metric", "seed", "step", "value"), rows)
+    return plotting.save(figure, folder / "first_order")
