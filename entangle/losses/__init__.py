@@ -39,6 +39,7 @@ from entangle.losses.objective import (
 from entangle.losses.pointwise import apo_down, apo_zero, bco_pair, cal_dpo, cal_dpo_halved, nca_pair, sppo
 from entangle.losses.prospect import RunningMean, bco_pair_shifted, kto, kto_reference_point
 from entangle.losses.reference_free import alphapo, asft, cpo, orpo, rrhf, simpo, slic_hf
+from entangle.losses.selection import Choice, Selection
 from entangle.losses.table import OBJECTIVES, PAPER_OBJECTIVES, TOKEN_OBJECTIVES, get_objective, objective_source
 from entangle.losses.tokens import (
     TokenObjective,
@@ -64,12 +65,14 @@ __all__ = [
     "PAPER_OBJECTIVES",
     "TOKEN_OBJECTIVES",
     "BatchObjective",
+    "Choice",
     "Coefficients",
     "MaskParams",
     "MovingMargin",
     "Objective",
     "RunningMean",
     "RunningObjective",
+    "Selection",
     "TokenObjective",
     "UnpairedLogProbs",
     "across",

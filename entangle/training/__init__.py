@@ -12,7 +12,7 @@ from entangle.training.gradients import (
     preference_gradients,
     preference_memory,
 )
-from entangle.training.loop import final_params, train
+from entangle.training.loop import final_params, train, train_trials
 from entangle.training.metrics import means
 from entangle.training.optimizers import OPTIMIZERS, OptimizerConfig
 from entangle.training.pair_chains import PairChain, pair_chain, pair_chains
@@ -29,6 +29,7 @@ from entangle.training.stage import StageConfig
 from entangle.training.step import TrainState, init_state, make_step
 from entangle.training.streams import Batches, MappedBatches
 from entangle.training.tracking import NoTracker, Tracker, WandbTracker
+from entangle.training.trials import map_trials, trial_mesh
 
 __all__ = [
     "OPTIMIZERS",
@@ -53,6 +54,7 @@ __all__ = [
     "init_state",
     "likelihood_gradients",
     "make_step",
+    "map_trials",
     "masked_rows",
     "means",
     "moving_reference",
@@ -67,5 +69,7 @@ __all__ = [
     "row_gradients",
     "score_pairs",
     "train",
+    "train_trials",
+    "trial_mesh",
     "write_json",
 ]

@@ -50,6 +50,7 @@ def pair_diagnostics(
     with_geometry: bool = True,
     pair_rule: PairRule | None = None,
     batch_size: int = 8,
+    reward_beta: float | jax.Array | None = None,
 ) -> Callable[..., Metrics]:
     """Everything that is logged about a batch, for every pair of a set: log-probabilities, rewards, geometry, cases.
 
@@ -61,6 +62,7 @@ def pair_diagnostics(
         ``predicted/...`` and ``case/...`` after it.
       batch_size: pairs at a time. Scores from ``score_pairs`` at the same size are bitwise the same, so a
         policy that is its own reference has log-ratios of exactly 0.
+      reward_beta: as in ``preference_gradients``.
 
     Returns:
       A function of params, N examples, the learning rate of the predictions and, for an objective that remembers, the
@@ -78,7 +80,8 @@ def pair_diagnostics(
       >>> pair_diagnostics(unigram, losses.dpo)(jnp.array([0.0, -1.0, -2.0]), examples, jnp.array(0.1))["margin"].tolist()
       [1.0]
     """
-    objective, scale = as_objective(objective), reward_scale(objective)
+    objective = as_objective(objective)
+    scale = reward_scale(objective) if reward_beta is None else reward_beta
 
     def diagnostics(
         params: Params, examples: PreferenceExamples, learning_rate: jax.Array, memory: Any = ()

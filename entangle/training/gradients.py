@@ -241,6 +241,7 @@ def preference_gradients(
     with_geometry: bool = True,
     pair_rule: PairRule | None = None,
     reference: Reference | None = None,
+    reward_beta: float | jax.Array | None = None,
 ) -> GradientFn:
     """Any margin objective: its two gradients apart, and the exact geometry of every pair of the batch.
 
@@ -251,6 +252,7 @@ def preference_gradients(
       pair_rule: per-pair rule on the coefficients; it needs the geometry. ``coefficient/...`` are logged before it,
         ``predicted/...`` and ``case/...`` after it.
       reference: scored inside the step, in the place of the examples' numbers; see ``training.references``.
+      reward_beta: scale of the logged implicit rewards; None takes the objective's own beta.
 
     Returns:
       A GradientFn over PreferenceExamples whose gradients are PairGradients and whose metrics are per pair. With a
@@ -272,7 +274,8 @@ def preference_gradients(
       ([0.0], [1.0])
     """
     refuse_rule_without_geometry(pair_rule, with_geometry)
-    objective, scale = as_objective(objective), reward_scale(objective)
+    objective = as_objective(objective)
+    scale = reward_scale(objective) if reward_beta is None else reward_beta
     vjp: Any = functools.partial(geometry.vjp_with_geometry, apart=True) if with_geometry else geometry.pair_vjp
 
     def gradients(

@@ -6,7 +6,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
+import jax
 import optax
 
 from entangle.errors import UserError
@@ -76,8 +78,12 @@ class OptimizerConfig:
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"{name.replace('_', ' ')} {value}: it must be 0 or more")
 
-    def schedule(self, steps: int) -> optax.Schedule:
+    def schedule(self, steps: int, learning_rate: float | jax.Array | None = None) -> optax.Schedule:
         """Learning rate as a function of the step, for a run of that many steps.
+
+        Args:
+          steps: of the run.
+          learning_rate: peak, in the place of the configuration's own; it may be traced, so that one program serves many.
 
         Example:
           >>> from entangle.training.optimizers import OptimizerConfig
@@ -86,14 +92,20 @@ class OptimizerConfig:
           [0.5, 1.0, 1.0, 0.5, 0.0]
         """
         warmup = max(1, round(self.warmup_fraction * steps))
-        rising = optax.linear_schedule(self.learning_rate / warmup, self.learning_rate, max(1, warmup - 1))
-        falling = optax.linear_schedule(
-            self.learning_rate, self.final_fraction * self.learning_rate, max(1, steps - warmup)
-        )
+        peak: Any = self.learning_rate if learning_rate is None else learning_rate
+        rising = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+        falling = optax.linear_schedule(peak, self.final_fraction * peak, max(1, steps - warmup))
         return optax.join_schedules([rising, falling], [warmup])
 
-    def build(self, steps: int, *head: optax.GradientTransformation) -> optax.GradientTransformation:
+    def build(
+        self, steps: int, *head: optax.GradientTransformation, learning_rate: float | jax.Array | None = None
+    ) -> optax.GradientTransformation:
         """The optax chain: the head (for pairs ``combine_pair``), clipping if asked for, the optimizer.
+
+        Args:
+          steps: of the run.
+          head: what comes before the optimizer.
+          learning_rate: as for :meth:`schedule`.
 
         Example:
           >>> import jax.numpy as jnp
@@ -103,4 +115,4 @@ class OptimizerConfig:
           [-0.5]
         """
         clip = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm > 0 else []
-        return optax.chain(*head, *clip, OPTIMIZERS[self.name](self.schedule(steps), self.weight_decay))
+        return optax.chain(*head, *clip, OPTIMIZERS[self.name](self.schedule(steps, learning_rate), self.weight_decay))

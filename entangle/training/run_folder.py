@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -41,6 +42,7 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+@functools.cache
 def _environment() -> dict[str, Any]:
     # Versions only: the process's environment variables can hold secrets and never reach the folder.
     import jax
@@ -105,7 +107,7 @@ class RunFolder:
         Raises:
           UserError: the path is a file or cannot be made, holds other files, or holds another configuration's run.
         """
-        self.path = Path(path)
+        self.path, self._locked = Path(path), False
         config = json.loads(json.dumps(config))
         check_folder(self.path, config)
         try:
@@ -148,15 +150,24 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep other processes from training in this folder; the lock dies with its process, however that ends.
 
+        Inside of it a second call does nothing.
+
         Raises:
           UserError: another process holds it.
         """
+        if self._locked:
+            yield
+            return
         with (self.path / LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{self.path}: another process is training in this folder") from None
-            yield
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
 
     def rewind(self, step: int) -> None:
         """Drop the records after a step, as a resumed run writes them again."""
