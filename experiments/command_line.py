@@ -75,17 +75,24 @@ def refuse_unused(settings: Any, default: Any, names: Sequence[str], why: str) -
       Traceback (most recent call last):
       entangle.errors.UserError: --batch-size 2 has no effect: there are no batches
     """
-    given, usual = (dict(_leaves(dataclasses.asdict(x))) for x in (settings, default))
+    given, usual = (dict(leaves(dataclasses.asdict(x))) for x in (settings, default))
     for name, value in given.items():
         if value != usual.get(name) and any(f"{name}.".startswith(f"{group}.") for group in names):
             words = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise UserError(f"--{name.replace('_', '-')} {words} has no effect: {why}")
 
 
-def _leaves(tree: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
+    """What lies in nested dicts, by dotted name.
+
+    Example:
+      >>> from experiments.command_line import leaves
+      >>> dict(leaves({"sft": {"steps": 3}, "out": "x"}))
+      {'sft.steps': 3, 'out': 'x'}
+    """
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{head}{name}.")
+            yield from leaves(value, f"{head}{name}.")
         else:
             yield f"{head}{name}", value
 

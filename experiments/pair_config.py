@@ -17,12 +17,10 @@ NOT_EVALUATED = (("base.eval_every", "sft.eval_every"), "only preference optimis
 
 
 @dataclasses.dataclass(frozen=True)
-class PairConfig:
-    """An experiment on preference pairs: where it writes, and SFT and preference optimisation on its pairs.
+class PairSettings:
+    """SFT and preference optimisation on pairs: what makes a run the run that it is.
 
     Attributes:
-      out: folder of the experiment; made, or continued when it holds the same configuration.
-      preset: the defaults that the other flags override.
       objective: margin objective: a name of entangle/losses/README.md (dpo, ipo, simpo, kto, ...), or module:function for
         your own.
       objective_args: hyperparameters of the objective by name, e.g. beta 0.2.
@@ -32,7 +30,6 @@ class PairConfig:
         project_retain or retain_invariant (forget the rejected responses, without a step towards the chosen ones, and keep
         these as they are).
       pair_chain_args: settings of the combination by name, e.g. c 0.4 for cagrad.
-      seeds: number of seeds: order of the SFT and preference batches.
       max_length: T, tokens of a row.
       train_pairs: at most so many training pairs.
       held_out_pairs: at most so many held-out pairs; all are evaluated.
@@ -42,20 +39,13 @@ class PairConfig:
       eval_batch: pairs at a time in scores and evaluations; less takes less memory.
       sft: supervised fine-tuning on the chosen completions.
       preference: preference optimisation.
-      reference_cache: folder in which the reference's log-probabilities are kept and found again, one file for every pair
-        set (and seed, where SFT comes first) and --eval-batch; a file of another model, tokenizer, data or length is
-        refused.
       data_dir: where TFDS keeps the prepared pair sets; by default its own folder.
-      track: whether the runs are mirrored in W&B: offline, or online when a key is configured.
     """
 
-    out: Path = Path("runs/pairs")
-    preset: str = "default"
     objective: str = "dpo"
     objective_args: dict[str, float] = dataclasses.field(default_factory=dict)
     pair_chain: str = "margin"
     pair_chain_args: dict[str, float] = dataclasses.field(default_factory=dict)
-    seeds: int = 3
     max_length: int = 64
     train_pairs: int = 8192
     held_out_pairs: int = 128
@@ -66,12 +56,31 @@ class PairConfig:
     preference: StageConfig = StageConfig(
         120, 32, OptimizerConfig(learning_rate=2e-5), eval_every=20, checkpoint_every=40
     )
-    reference_cache: Path | None = None
     data_dir: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PairConfig(PairSettings):
+    """An experiment on preference pairs: where it writes, and one run for every seed.
+
+    Attributes:
+      out: folder of the experiment; made, or continued when it holds the same configuration.
+      preset: the defaults that the other flags override.
+      seeds: number of seeds: order of the SFT and preference batches.
+      reference_cache: folder in which the reference's log-probabilities are kept and found again, one file for every pair
+        set (and seed, where SFT comes first) and --eval-batch; a file of another model, tokenizer, data or length is
+        refused.
+      track: whether the runs are mirrored in W&B: offline, or online when a key is configured.
+    """
+
+    out: Path = Path("runs/pairs")
+    preset: str = "default"
+    seeds: int = 3
+    reference_cache: Path | None = None
     track: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
 
 
-def identity(settings: PairConfig) -> dict[str, Any]:
+def identity(settings: PairSettings) -> dict[str, Any]:
     """What makes two runs of an experiment the same: everything but where it reads and writes, and what it mirrors.
 
     Example:
@@ -83,7 +92,7 @@ def identity(settings: PairConfig) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(settings).items() if k not in left_out} | objective_identity(settings)
 
 
-def objective_identity(settings: PairConfig) -> dict[str, Any]:
+def objective_identity(settings: PairSettings) -> dict[str, Any]:
     """What the objective's name does not say: of one of your own, a digest of the module that it comes from.
 
     Example:

@@ -13,7 +13,7 @@ from entangle.errors import UserError
 from entangle.training import StageConfig
 from entangle.types import Params
 from experiments import stages
-from experiments.pair_config import PairConfig
+from experiments.pair_config import PairConfig, PairSettings
 
 
 class Checkpoint(NamedTuple):
@@ -30,14 +30,14 @@ class Checkpoint(NamedTuple):
     tokenizer: data.Tokenizer
 
 
-def check(settings: PairConfig) -> None:
+def check(settings: PairSettings) -> None:
     """Refuse flags that cannot work, before any data is read.
 
     Raises:
       UserError: the objective, its hyperparameters, the pair chain or a number.
 
     Example:
-      >>> from experiments.pair_config import PairConfig
+      >>> from experiments.pair_config import PairConfig, PairSettings
       >>> from experiments.pair_data import check
       >>> check(PairConfig(seeds=0))
       Traceback (most recent call last):
@@ -45,7 +45,8 @@ def check(settings: PairConfig) -> None:
     """
     losses.get_objective(settings.objective, **settings.objective_args)
     training.pair_chain(settings.pair_chain, **settings.pair_chain_args)
-    for name in ("seeds", "eval_batch", "max_length", "train_pairs", "held_out_pairs"):
+    counts = ("eval_batch", "max_length", "train_pairs", "held_out_pairs")
+    for name in ("seeds", *counts) if isinstance(settings, PairConfig) else counts:
         if getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least one is needed")
     if settings.preference.eval_every < 1:
@@ -71,7 +72,7 @@ def check_size(stage: str, config: StageConfig, count: int, what: str) -> None:
         raise UserError(f"--{stage}.batch-size {config.batch_size}: there are only {count} {what}")
 
 
-def check_length(settings: PairConfig, name: str, shape: models.DecoderConfig) -> None:
+def check_length(settings: PairSettings, name: str, shape: models.DecoderConfig) -> None:
     """Refuse rows that are longer than the model reaches.
 
     Raises:
@@ -84,7 +85,7 @@ def check_length(settings: PairConfig, name: str, shape: models.DecoderConfig) -
         )
 
 
-def load_checkpoint(settings: PairConfig, folder: str) -> Checkpoint:
+def load_checkpoint(settings: PairSettings, folder: str) -> Checkpoint:
     """Read a Hugging Face GPT-2 folder with its tokenizer.
 
     Raises:
@@ -99,7 +100,7 @@ def load_checkpoint(settings: PairConfig, folder: str) -> Checkpoint:
 
 
 def encode(
-    settings: PairConfig,
+    settings: PairSettings,
     tokenizer: data.Tokenizer,
     name: str,
     train: Sequence[PreferenceRecord],

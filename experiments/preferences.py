@@ -21,7 +21,7 @@ from entangle import data
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, StageConfig
 from experiments import command_line, pair_data, pair_runs, references, stages
-from experiments.pair_config import NOT_EVALUATED, PairConfig
+from experiments.pair_config import NOT_EVALUATED, PairConfig, PairSettings
 
 PAIR_SET = "preferences"
 
@@ -102,34 +102,85 @@ def gather(settings: PreferencesConfig) -> Materials:
         if not getattr(settings, name):
             raise UserError(f"name {what} with --{name}")
     checkpoint = pair_data.load_checkpoint(settings, settings.model)
-    records, found = data.read_preferences(settings.data)
+    records = read_records(settings.data, settings.held_out)
+    trained = ("sft", "preference") if settings.sft_first else ("preference",)
+    pairs, report = encode_records(settings, checkpoint.tokenizer, records, trained)
+    references.check(settings, checkpoint, {PAIR_SET: pairs}, sft_first=settings.sft_first)
+    return Materials(checkpoint, pairs, report)
+
+
+class Records(NamedTuple):
+    """The pairs of one or two files, no prompt on both sides.
+
+    Attributes:
+      train: to train on.
+      held_out: to look at.
+      lines: what became of the files' lines.
+    """
+
+    train: list[data.PreferenceRecord]
+    held_out: list[data.PreferenceRecord]
+    lines: list[str]
+
+
+def read_records(file: str, held_out: str = "") -> Records:
+    """Read one or two preference files and divide them by prompt.
+
+    Args:
+      file: .jsonl or .jsonl.gz.
+      held_out: a second one; without it every eighth prompt of the first is held out.
+
+    Raises:
+      UserError: bad input.
+    """
+    records, found = data.read_preferences(file)
     lines, others = found.lines(), None
-    if settings.held_out:
-        others, found = data.read_preferences(settings.held_out)
+    if held_out:
+        others, found = data.read_preferences(held_out)
         lines += found.lines()
     try:
-        train, held_out = data.divide_by_prompt(records, others)
+        train, kept = data.divide_by_prompt(records, others)
     except UserError as error:
         raise _of_the_files(f"{error} with --held-out", lines) from None
     if others is not None:
         lines.append(f"{len(records) - len(train)} training pairs left out: their prompt is held out")
+    return Records(train, kept, lines)
+
+
+def encode_records(
+    settings: PairSettings, tokenizer: data.Tokenizer, records: Records, trained: Sequence[str]
+) -> tuple[stages.PreferenceData, dict[str, list[str]]]:
+    """Encode the first ``train_pairs`` and ``held_out_pairs`` records.
+
+    Args:
+      settings: of the runs.
+      tokenizer: the model's.
+      records: what the files hold.
+      trained: the stages that take batches of the training pairs.
+
+    Returns:
+      Both splits, and lines that tell what became of the files' lines and of each split's pairs.
+
+    Raises:
+      UserError: too few pairs.
+    """
+    train, held_out, lines = records.train, records.held_out, list(records.lines)
     for flag, kept, most in (("train", train, settings.train_pairs), ("held-out", held_out, settings.held_out_pairs)):
         if len(kept) > most:
             lines.append(f"the first {most} of {len(kept)} {flag} pairs are taken (--{flag}-pairs)")
     try:
         pairs, report = pair_data.encode(
             settings,
-            checkpoint.tokenizer,
+            tokenizer,
             PAIR_SET,
             train[: settings.train_pairs],
             held_out[: settings.held_out_pairs],
             add_eos=True,
-            trained=("sft", "preference") if settings.sft_first else ("preference",),
+            trained=trained,
         )
     except UserError as error:
         raise _of_the_files(str(error), lines) from None
-    references.check(settings, checkpoint, {PAIR_SET: pairs}, sft_first=settings.sft_first)
-    return Materials(checkpoint, pairs, {"files": lines, **report})
+    return pairs, {"files": lines, **report}
 
 
 def _of_the_files(error: str, lines: Sequence[str]) -> UserError:

@@ -16,14 +16,13 @@ from pathlib import Path
 from entangle import models
 from entangle.types import Params
 from experiments import command_line, pair_runs, stages, token_heatmap
+from experiments.base_models import EXPORT, base_model
 from experiments.pair_config import NOT_EVALUATED
 from experiments.pair_data import Checkpoint
 from experiments.sentiment_config import SentimentConfig, config, presets
-from experiments.sentiment_data import Materials, gather
+from experiments.sentiment_data import gather
 
-__all__ = ["EXPORT", "SentimentConfig", "base_model", "config", "gather", "main", "presets", "run"]
-
-EXPORT = "huggingface"
+__all__ = ["EXPORT", "SentimentConfig", "config", "gather", "main", "presets", "run"]
 
 
 def run(settings: SentimentConfig) -> list[Path]:
@@ -44,7 +43,7 @@ def run(settings: SentimentConfig) -> list[Path]:
     tracker = pair_runs.trackers(settings)
     count = 1 + 2 * len(settings.sets) * settings.seeds
     print(f"at most {count} runs: the base model, then SFT and preference optimisation for every set and seed")
-    base = materials.checkpoint if materials.checkpoint is not None else base_model(settings, materials, tracker)
+    base = base_model(settings.out / "base", settings.base, settings.max_length, materials, tracker)
 
     def heatmap(folder: Path, pairs: stages.PreferenceData, start: Params, end: Params) -> None:
         checkpoints = {"after SFT": start, "after preference optimisation": end}
@@ -53,18 +52,6 @@ def run(settings: SentimentConfig) -> list[Path]:
     checkpoint = Checkpoint(materials.model, base, materials.tokenizer)
     pair_runs.run_all(settings, checkpoint, materials.pairs, tracker, heatmap)
     return pair_runs.write_up(experiment)
-
-
-def base_model(settings: SentimentConfig, materials: Materials, tracker: stages.TrackerFactory) -> Params:
-    """Pretrain the base model or go on with it, leave it as a checkpoint folder, and return its parameters."""
-    program = stages.likelihood_program(materials.model, settings.base)
-    folder = settings.out / "base"
-    params = stages.pretrain(folder, materials.model, program, materials.text, settings.max_length, 0, tracker)
-    if not (folder / EXPORT).exists():  # so that another experiment can start from it with --model
-        models.save_gpt2(folder / EXPORT, materials.model.config, params)
-    if not (folder / EXPORT / "tokenizer.json").exists():
-        materials.tokenizer.save(folder / EXPORT)
-    return params
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

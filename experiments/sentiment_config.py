@@ -7,33 +7,45 @@ from pathlib import Path
 
 from entangle.data import LABELS, PAIR_SETS
 from entangle.training import OptimizerConfig, StageConfig
-from experiments.pair_config import PairConfig
+from experiments.pair_config import PairConfig, PairSettings
+
+TWEETS = "tweets"
+"""The pair set of whole tweets: one with the second label is chosen, one with the first rejected."""
 
 
 @dataclasses.dataclass(frozen=True)
-class SentimentConfig(PairConfig):
-    """The sentiment experiment.
+class CorpusSettings(PairSettings):
+    """Runs on pairs that are made from labelled texts, and a base model that may be pretrained on the corpus.
 
     Attributes:
-      out: folder of the experiment; made, or continued when it holds the same configuration.
-      preset: default, embedded, smoke or paper: the defaults that the other flags override.
       data: "embedded" (the package's grammar), a folder in TweetEval's layout, or "sentiment140" (through TFDS).
       labels: the two labels that are contrasted, by name; both equally often.
       label_words: what the responses say for the two labels; by default their names.
-      sets: pair sets, in the figures' order.
       model: tiny, small or gpt2, pretrained here first, or a local Hugging Face GPT-2 folder.
       vocab_size: tokens of the BPE trained on the corpus (a checkpoint brings its own).
       base: pretraining of the base model.
     """
 
-    out: Path = Path("runs/sentiment")
     data: str = "embedded"
     labels: tuple[str, str] = LABELS
     label_words: tuple[str, str] | None = None
-    sets: tuple[str, ...] = tuple(PAIR_SETS)
     model: str = "small"
     vocab_size: int = 4096
     base: StageConfig = StageConfig(1500, 32, OptimizerConfig(learning_rate=1e-3), checkpoint_every=100)
+
+
+@dataclasses.dataclass(frozen=True)
+class SentimentConfig(CorpusSettings, PairConfig):
+    """The sentiment experiment.
+
+    Attributes:
+      out: folder of the experiment; made, or continued when it holds the same configuration.
+      preset: default, embedded, smoke or paper: the defaults that the other flags override.
+      sets: pair sets, in the figures' order.
+    """
+
+    out: Path = Path("runs/sentiment")
+    sets: tuple[str, ...] = tuple(PAIR_SETS)
 
 
 def presets() -> dict[str, SentimentConfig]:

@@ -33,7 +33,8 @@ from entangle.training.gradients import GradientResult
 from entangle.types import PairBatch, Params
 from experiments import command_line, pair_runs, stages, unlearning_figures, unlearning_report
 from experiments.pair_config import NOT_EVALUATED
-from experiments.unlearning_config import NOT_SET_HERE, TWEETS, VARIANTS, UnlearningConfig, Variant, presets
+from experiments.sentiment_config import TWEETS
+from experiments.unlearning_config import NOT_SET_HERE, VARIANTS, UnlearningConfig, Variant, presets
 from experiments.unlearning_data import both_sides, gather
 
 

@@ -12,11 +12,8 @@ import optax
 
 from entangle import transforms
 from entangle.training import OptimizerConfig, StageConfig
-from experiments.sentiment_config import SentimentConfig
+from experiments.sentiment_config import TWEETS, SentimentConfig
 from experiments.sentiment_config import presets as sentiment_presets
-
-TWEETS = "tweets"
-"""The pair set of whole tweets: one with the second label is kept, one with the first is forgotten."""
 
 OPTIMIZERS: Mapping[str, str] = MappingProxyType(
     {"sgd": "SGD", "adam": "Adam", "adam_b1_0": "Adam without momentum (b1 = 0)"}

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from entangle import models
-from entangle.data import EncodedPairs, LabelledText, PreferenceRecord
+from entangle.data import PAIR_SETS, EncodedPairs
 from entangle.errors import UserError
 from entangle.types import Params
-from experiments import preferences, sentiment, sentiment_data, stages
+from experiments import preferences, sentiment_data, stages
+from experiments.base_models import base_model
 from experiments.pair_config import PairConfig
 from experiments.pair_data import Checkpoint
-from experiments.unlearning_config import TWEETS, VARIANTS, UnlearningConfig
-
-PROMPT = "Tweet:"
+from experiments.sentiment_config import TWEETS
+from experiments.unlearning_config import VARIANTS, UnlearningConfig
 
 
 class Materials(NamedTuple):
@@ -47,30 +47,13 @@ def gather(settings: UnlearningConfig) -> Materials:
     _check(settings)
     if settings.from_file:
         return _from_file(settings)
-    found = sentiment_data.gather(settings, {TWEETS: lambda texts: tweet_pairs(texts, settings.labels)})
+    found = sentiment_data.gather(settings, (*PAIR_SETS, TWEETS))
 
     def base(tracker: stages.TrackerFactory) -> Params:
-        return found.checkpoint if found.checkpoint is not None else sentiment.base_model(settings, found, tracker)
+        return base_model(settings.out / "base", settings.base, settings.max_length, found, tracker)
 
     (name,) = settings.sets
     return Materials(found.model, base, name, found.pairs[name], found.report[name])
-
-
-def tweet_pairs(texts: Sequence[LabelledText], labels: Sequence[str]) -> list[PreferenceRecord]:
-    """Pair whole tweets: one with the second label is chosen, to be kept, one with the first rejected, to be forgotten.
-
-    Example:
-      >>> from entangle.data import LabelledText
-      >>> from experiments.unlearning_data import tweet_pairs
-      >>> bad, good = LabelledText("so bad", "negative", "x:1"), LabelledText("so good", "positive", "x:2")
-      >>> tweet_pairs([bad, good], ("negative", "positive"))[0][:3]
-      ('Tweet:', ' so good', ' so bad')
-    """
-    forget, retain = ([text for text in texts if text.label == label] for label in labels)
-    return [
-        PreferenceRecord(PROMPT, f" {keep.text}", f" {drop.text}", f"{keep.source} against {drop.source}")
-        for keep, drop in zip(retain, forget, strict=False)
-    ]
 
 
 def both_sides(pairs: EncodedPairs) -> EncodedPairs:

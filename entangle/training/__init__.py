@@ -4,6 +4,7 @@ from entangle import extras
 
 extras.require("train", "flax", "orbax", "wandb", "tqdm", "numpy", "safetensors")
 
+from entangle.training import trials
 from entangle.training.evaluation import pair_diagnostics, score_pairs
 from entangle.training.gradients import (
     PreferenceExamples,
@@ -11,6 +12,7 @@ from entangle.training.gradients import (
     likelihood_gradients,
     preference_gradients,
     preference_memory,
+    reward_scale,
 )
 from entangle.training.loop import final_params, train, train_trials
 from entangle.training.metrics import means
@@ -29,10 +31,12 @@ from entangle.training.stage import StageConfig
 from entangle.training.step import TrainState, init_state, make_step
 from entangle.training.streams import Batches, MappedBatches
 from entangle.training.tracking import NoTracker, Tracker, WandbTracker
+from entangle.training.trials import AXIS as TRIAL_AXIS
 from entangle.training.trials import map_trials, trial_mesh
 
 __all__ = [
     "OPTIMIZERS",
+    "TRIAL_AXIS",
     "Batches",
     "MappedBatches",
     "NoTracker",
@@ -66,10 +70,12 @@ __all__ = [
     "read_metrics",
     "reference_fingerprint",
     "reference_log_probs",
+    "reward_scale",
     "row_gradients",
     "score_pairs",
     "train",
     "train_trials",
     "trial_mesh",
+    "trials",
     "write_json",
 ]

@@ -73,18 +73,27 @@ class WandbTracker:
     The key itself stays where W&B keeps it. ``WANDB_MODE`` overrides the choice.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], config: Mapping[str, Any], project: str = "entangle"):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        project: str = "entangle",
+        group: str | None = None,
+    ):
         """Start or resume the mirror of a run folder.
 
         Args:
           folder: the run folder; W&B's files go into its ``wandb`` folder.
           config: the run's configuration.
           project: W&B project.
+          group: W&B's group of the run, for example its sweep.
         """
 
         def start(mode: Any) -> wandb.Run:
             return wandb.init(
                 project=project,
+                group=group,
+                reinit="create_new",  # trials of one program are mirrored at the same time
                 dir=str(folder),
                 id=run_id(folder),
                 name="/".join(Path(folder).resolve().parts[-4:]),

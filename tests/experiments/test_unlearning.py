@@ -14,8 +14,9 @@ from entangle import data, losses, models, training
 from entangle.types import PairLogProbs
 from experiments import unlearning, unlearning_report
 from experiments.run_tables import curve
+from experiments.sentiment_data import tweet_pairs
 from experiments.unlearning_config import VARIANTS, presets
-from experiments.unlearning_data import both_sides, gather, tweet_pairs
+from experiments.unlearning_data import both_sides, gather
 from experiments.unlearning_figures import read, share
 from experiments.unlearning_objectives import ascent, npo
 

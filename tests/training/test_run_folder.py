@@ -57,10 +57,14 @@ def test_a_bad_line_before_the_last_is_named(tmp_path):
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
-    run = RunFolder(tmp_path / "run", CONFIG)
-    with run.locked(), pytest.raises(UserError, match=r"run: another process is training in this folder"), run.locked():
-        pass
-    with run.locked():  # free again
+    run, other = (RunFolder(tmp_path / "run", CONFIG) for _ in range(2))
+    refused = pytest.raises(UserError, match=r"run: another process is training in this folder")
+    with run.locked():
+        with run.locked():  # its own: a launcher holds it, and the loop asks again
+            pass
+        with refused, other.locked():
+            pass
+    with other.locked():  # free again
         pass
 
 

@@ -1,0 +1,161 @@
+"""Figures 1 and 2: how chosen and rejected log-probabilities move under every margin objective, and why.
+
+Claim: under DPO both log-probabilities move together, step by step, and end on the same side of their start; objectives that
+weigh the chosen response more (CPO, DPOP, RRHF, SLiC-HF) and SPPO soften its fall, in line with d_w / d_l (arXiv 2410.13828,
+Figures 1 and 2).
+
+Command: ``python -m experiments.margin_objectives --out DIR``; ``--preset tweets --trial.data FOLDER`` (TweetEval's layout),
+``--preset hh-rlhf --trial.data FILE.jsonl``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from entangle import losses
+from entangle.errors import UserError
+from entangle.training import OptimizerConfig, StageConfig
+from experiments import command_line, sweep_runs
+from experiments.pair_config import NOT_EVALUATED
+from experiments.sweep import Overrides, product
+from experiments.sweep_config import SweepConfig
+from experiments.trial_config import TrialConfig
+
+KIND = "margin_objectives"
+
+
+@dataclasses.dataclass(frozen=True)
+class MarginObjectivesConfig(SweepConfig):
+    """The sweep over margin objectives.
+
+    Attributes:
+      objectives: by name; the paper's ten by default.
+      betas: values of beta, for the objectives that have one; without any, each has its default.
+      learning_rates: of the preference stage; without any, that of --trial.
+    """
+
+    out: Path = Path("runs/margin_objectives")
+    objectives: tuple[str, ...] = losses.PAPER_OBJECTIVES
+    betas: tuple[float, ...] = ()
+    learning_rates: tuple[float, ...] = ()
+
+
+def presets() -> dict[str, MarginObjectivesConfig]:
+    """The named defaults.
+
+    ``laptop`` is the package's grammar and a model of 170,000 parameters, for two cores; ``smoke`` sees that all is in place;
+    ``tweets`` and ``hh-rlhf`` are for real data with a model that is pretrained on it here.
+
+    Example:
+      >>> from experiments.margin_objectives import presets
+      >>> list(presets())
+      ['laptop', 'smoke', 'tweets', 'hh-rlhf']
+    """
+    laptop = MarginObjectivesConfig(
+        trial=TrialConfig(
+            vocab_size=1024,
+            max_length=48,
+            train_pairs=2000,
+            changes=False,
+            base=StageConfig(1000, 32, OptimizerConfig(learning_rate=3e-3), checkpoint_every=250),
+            sft=StageConfig(60, 32, OptimizerConfig(learning_rate=1e-3), checkpoint_every=60),
+            preference=StageConfig(100, 16, OptimizerConfig(learning_rate=5e-5), eval_every=10, checkpoint_every=50),
+        )
+    )
+    smoke = dataclasses.replace(
+        laptop,
+        preset="smoke",
+        seeds=2,
+        objectives=("dpo", "cpo", "slic_hf"),
+        trial=dataclasses.replace(
+            laptop.trial,
+            train_pairs=256,
+            held_out_pairs=16,
+            probe_pairs=8,
+            base=StageConfig(60, 32, OptimizerConfig(learning_rate=3e-3), checkpoint_every=60),
+            sft=StageConfig(20, 16, OptimizerConfig(learning_rate=3e-3), checkpoint_every=20),
+            preference=StageConfig(10, 8, OptimizerConfig(learning_rate=5e-5), eval_every=5, checkpoint_every=5),
+        ),
+    )
+    tweets = dataclasses.replace(
+        laptop,
+        preset="tweets",
+        trial=dataclasses.replace(laptop.trial, data="", model="small", vocab_size=4096, max_length=64),
+    )
+    hh = dataclasses.replace(
+        laptop,
+        preset="hh-rlhf",
+        trial=dataclasses.replace(laptop.trial, data="", model="small", vocab_size=4096, max_length=256),
+    )
+    return {preset.preset: preset for preset in (laptop, smoke, tweets, hh)}
+
+
+def config() -> TrialConfig:
+    """The trial that the default sweep's overrides change.
+
+    Example:
+      >>> from experiments.margin_objectives import config
+      >>> config().data
+      'embedded'
+    """
+    return presets()["laptop"].trial
+
+
+def sweep(settings: MarginObjectivesConfig | None = None) -> Iterator[Overrides]:
+    """Objective by beta by learning rate by seed.
+
+    Args:
+      settings: the default sweep's by default.
+
+    Example:
+      >>> from experiments.margin_objectives import sweep
+      >>> len(list(sweep())), next(sweep())
+      (30, {'objective': 'dpo', 'seed': 0})
+    """
+    settings = settings or presets()["laptop"]
+    rates = {"preference.optimizer.learning_rate": settings.learning_rates} if settings.learning_rates else {}
+    for objective in settings.objectives:
+        betas = {"objective_args.beta": settings.betas} if settings.betas and _has_beta(objective) else {}
+        yield from product({"objective": [objective]}, betas, rates, {"seed": range(settings.seeds)})
+
+
+def _has_beta(objective: str) -> bool:
+    return "beta" in inspect.signature(losses.get_objective(objective)).parameters
+
+
+def run(settings: MarginObjectivesConfig) -> list[Path]:
+    """Run or continue the sweep, and draw its figures.
+
+    Returns:
+      The files that a reader wants.
+
+    Raises:
+      UserError: bad input; nothing has been overwritten.
+    """
+    for name, many in (("objectives", settings.objectives), ("seeds", settings.seeds)):
+        if not many:
+            raise UserError(f"--{name}: at least one is needed")
+    if not settings.trial.data:
+        raise UserError(f"--preset {settings.preset}: name the data with --trial.data")
+
+    return sweep_runs.run(settings, KIND, sweep(settings), redraw)
+
+
+def redraw(out: Path) -> list[Path]:
+    """Figures and report from the run folders alone."""
+    return []
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: ``python -m experiments.margin_objectives --help``."""
+    settings = command_line.parse(presets(), arguments, description=(__doc__ or "").split("\n")[0])
+    flags, why = NOT_EVALUATED
+    command_line.refuse_unused(settings, presets()[settings.preset], [f"trial.{flag}" for flag in flags], why)
+    command_line.name_files(run(settings))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,77 @@
+"""A sweep from its points to its page: plan, run what is not over, summarise, draw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from entangle import training
+from entangle.errors import UserError
+from experiments.pair_config import identity
+from experiments.sweep import Overrides, Status, Trial, folder_of, open_sweep, plan, status, waiting
+from experiments.sweep import summary as summaries
+from experiments.sweep_config import SweepConfig
+from experiments.trial_config import TrialConfig
+
+Redraw = Callable[[Path], list[Path]]
+
+
+def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], redraw: Redraw) -> list[Path]:
+    """Run or continue a sweep.
+
+    Args:
+      settings: the configuration.
+      kind: of experiment, part of the folder's identity.
+      points: the sweep: overrides of ``settings.trial``.
+      redraw: the sweep's folder to the files that a reader wants, made from the run folders alone.
+
+    Returns:
+      These files; none where trials are left to other shares or processes.
+
+    Raises:
+      UserError: bad input; nothing has been overwritten.
+    """
+    place, shares = settings.shares()
+    trials = plan(settings.trial, points, identity, settings.out)
+    if not trials:
+        raise UserError("the sweep has no trials")
+    _check(trials)
+    folder = open_sweep(settings.out, kind, identity(settings.trial))
+    todo = waiting(settings.out, trials[place - 1 :: shares], retry_failed=settings.retry_failed)
+    print(f"{kind}: {len(trials)} trials, {len(todo)} to run; output: {settings.out}")
+    if todo:
+        from experiments import trial_runs  # what trains takes seconds to import
+
+        trial_runs.run(settings.out, todo, _trackers(settings, kind), settings.packing)
+    standing = [status(folder_of(settings.out, trial)) for trial in trials]
+    if not set(standing) <= {Status.DONE, Status.FAILED}:
+        print(f"{sum(s in (Status.NEW, Status.BEGUN) for s in standing)} trials are not over yet: no figures")
+        return []
+    if folder.done and not todo:
+        files = json.loads((settings.out / "done.json").read_text(encoding="utf-8"))["files"]
+        if all((settings.out / file).exists() for file in files):
+            return [settings.out / file for file in files]
+    files = [summaries.write(settings.out), *redraw(settings.out)]
+    folder.mark_done({"files": [str(file.relative_to(settings.out)) for file in files]})
+    return files
+
+
+def _trackers(settings: SweepConfig, kind: str) -> Callable[[Path, Mapping[str, Any]], training.Tracker]:
+    if not settings.track:
+        return lambda folder, config: training.NoTracker()
+    group = f"{kind} {settings.out.resolve().name}"
+    return lambda folder, config: training.WandbTracker(folder, config, group=group)
+
+
+def _check(trials: Iterable[Trial[TrialConfig]]) -> None:
+    from experiments import trial_data
+
+    seen = set()
+    for trial in trials:
+        config = trial.config
+        key = (config.objective, *sorted(config.objective_args.items()), config.pair_chain, config.pair_set)
+        if key not in seen:
+            seen.add(key)
+            trial_data.check(config)

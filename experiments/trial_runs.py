@@ -1,0 +1,255 @@
+"""Running trials: base and SFT models first, then preference optimisation, many trials in one program."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from entangle import training
+from entangle.errors import NonFiniteError, UserError
+from entangle.training import RunFolder
+from entangle.types import Params
+from experiments import stages, trial_data
+from experiments.base_models import base_model
+from experiments.pair_config import identity
+from experiments.sentiment_data import Materials
+from experiments.sweep import Trial, folder_of, mark_failed, waiting
+from experiments.sweep.trials import fingerprint
+from experiments.sweep_config import Packing
+from experiments.trial_config import TrialConfig, base_fingerprint, data_fingerprint, start_fingerprint
+
+STARTS = "starts"
+NUMBERS = ("objective", "objective_args", "seed")
+"""Fields that are numbers of a program, beside the preference stage's learning rate."""
+
+TrialOf = Trial[TrialConfig]
+
+
+class _Ground(NamedTuple):
+    """What trials on the same pairs share."""
+
+    materials: Materials
+    base: Params
+
+
+def groups(out: Path, trials: Sequence[TrialOf]) -> list[list[TrialOf]]:
+    """Trials that one program can serve, in the order of their first ones.
+
+    They differ in objective, its hyperparameters, learning rate and seed alone, and begin at the same step.
+
+    Args:
+      out: the sweep's folder.
+      trials: not done yet.
+    """
+    found: dict[str, list[TrialOf]] = {}
+    for trial in trials:
+        found.setdefault(_program_key(out, trial), []).append(trial)
+    return list(found.values())
+
+
+def prepare(out: Path, trials: Sequence[TrialOf], tracker: stages.TrackerFactory) -> None:
+    """Make the base and SFT models that the trials start from.
+
+    Raises:
+      UserError: bad input.
+      NonFiniteError: see ``training.train``.
+    """
+    for same in _by(trials, lambda trial: data_fingerprint(trial.config)):
+        ground = _ground(out, same[0].config, tracker)
+        _starts(out, same, ground, tracker)
+
+
+def run(out: Path, trials: Sequence[TrialOf], tracker: stages.TrackerFactory, packing: Packing = Packing()) -> None:
+    """Run or continue those of the trials that are not over, as few programs as possible.
+
+    A trial that is not finite is marked as failed, with the reason, and the others go on; one that another process is
+    training is left to it.
+
+    Args:
+      out: the sweep's folder.
+      trials: its trials, or some of them.
+      tracker: makes the mirror of a run.
+      packing: how many trials share a program.
+
+    Raises:
+      UserError: bad input; a folder holds another run.
+    """
+    for same in _by(waiting(out, trials), lambda trial: data_fingerprint(trial.config)):
+        ground = _ground(out, same[0].config, tracker)
+        starts = _starts(out, same, ground, tracker)
+        for group in groups(out, same):
+            _run_group(out, group, ground, starts, tracker, packing)
+
+
+def _run_group(
+    out: Path,
+    group: Sequence[TrialOf],
+    ground: _Ground,
+    starts: Mapping[str, Params],
+    tracker: stages.TrackerFactory,
+    packing: Packing,
+) -> None:
+    left = list(group)
+    while left:
+        pack = left[: packing.most or len(left)]
+        program = _program(pack, ground, packing)
+        while len(pack) > 1 and (fit := _fitting(pack, program, ground, starts, packing)) < len(pack):
+            pack = pack[:fit]
+            program = _program(pack, ground, packing)
+        left = left[len(pack) :]
+        with _locked(out, pack, ground, starts, tracker) as (mine, runs):
+            if len(mine) < len(pack):
+                program = _program(mine, ground, packing) if mine else program
+            if not mine:
+                continue
+            config = pack[0].config
+            pairs = ground.materials.pairs[trial_data.name_of_pairs(config)]
+            ends = stages.prefer_trials(runs, program, pairs, probe_pairs=config.probe_pairs)
+            for trial, end in zip(mine, ends, strict=True):
+                if isinstance(end, NonFiniteError):
+                    mark_failed(folder_of(out, trial), str(end))
+                    print(f"failed: {trial.name}: {end}")
+
+
+def _program(pack: Sequence[TrialOf], ground: _Ground, packing: Packing) -> stages.TrialsProgram:
+    config, devices = pack[0].config, min(jax.device_count(), len(pack))
+    return stages.trials_program(
+        ground.materials.model,
+        config.preference,
+        [(trial.config.objective, trial.config.objective_args) for trial in pack],
+        [trial.config.preference.optimizer.learning_rate for trial in pack],
+        training.pair_chain(config.pair_chain, **config.pair_chain_args),
+        changes=config.changes,
+        eval_batch=config.eval_batch,
+        mesh=training.trial_mesh(jax.devices()[:devices]) if devices > 1 else None,
+        side_by_side=packing.side_by_side or None,
+    )
+
+
+@contextlib.contextmanager
+def _locked(
+    out: Path, pack: Sequence[TrialOf], ground: _Ground, starts: Mapping[str, Params], tracker: stages.TrackerFactory
+) -> Iterator[tuple[list[TrialOf], list[stages.TrialRun]]]:
+    """The trials that no other process trains or has ended by now, their folders locked."""
+    with contextlib.ExitStack() as stack:
+        mine, runs = [], []
+        digests = {key: stages.digest(*jax.tree.leaves(start)) for key, start in starts.items()}
+        for trial in pack:
+            key = start_fingerprint(trial.config)
+            config = _run_config(trial, ground, digests[key])
+            folder = RunFolder(folder_of(out, trial), config)
+            try:
+                stack.enter_context(folder.locked())
+            except UserError:
+                print(f"left to another process: {trial.name}")
+                continue
+            if folder.done:
+                continue
+            mine.append(trial)
+            made = _tracker(tracker, folder, config)
+            runs.append(stages.TrialRun(folder, starts[key], trial.config.seed, made))
+        yield mine, runs
+
+
+def _tracker(tracker: stages.TrackerFactory, folder: RunFolder, config: Mapping[str, Any]) -> Any:
+    return lambda: tracker(folder.path, config)
+
+
+def _run_config(trial: TrialOf, ground: _Ground, start: str) -> dict[str, Any]:
+    name = trial_data.name_of_pairs(trial.config)
+    both = ground.materials.pairs[name]
+    return {
+        "kind": "preference",
+        "trial": identity(trial.config),
+        "pairs": stages.digest(*both.train[:2], *both.held_out[:2]),
+        "start": start,
+    }
+
+
+def _fitting(
+    pack: Sequence[TrialOf],
+    program: stages.TrialsProgram,
+    ground: _Ground,
+    starts: Mapping[str, Params],
+    packing: Packing,
+) -> int:
+    """How many of the pack's trials fit into memory, by what the compiler says of the step."""
+    budget = int(packing.memory_gib * 2**30) or _memory()
+    if not budget:
+        return len(pack)
+    config = pack[0].config
+    pairs = ground.materials.pairs[trial_data.name_of_pairs(config)]
+    start = starts[start_fingerprint(config)]
+    needed = stages.memory_of_step(program, start, pairs, len(pack), config.probe_pairs)
+    return len(pack) if needed <= budget else max(1, int(len(pack) * budget / needed))
+
+
+def _memory() -> int:
+    """Bytes that a program may take on a device; 0 where that cannot be known."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(0.9 * stats["bytes_limit"])
+    try:
+        # virtual devices of one host share its memory
+        return int(0.6 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // jax.local_device_count()
+    except (ValueError, OSError):
+        return 0
+
+
+def _ground(out: Path, config: TrialConfig, tracker: stages.TrackerFactory) -> _Ground:
+    materials = trial_data.gather(config)
+    folder = out / STARTS / f"base-{base_fingerprint(config)}"
+    return _Ground(materials, base_model(folder, config.base, config.max_length, materials, tracker))
+
+
+def _starts(out: Path, trials: Sequence[TrialOf], ground: _Ground, tracker: stages.TrackerFactory) -> dict[str, Params]:
+    """Start fingerprint -> SFT model, or the base model itself."""
+    found: dict[str, Params] = {}
+    programs: dict[Any, stages.Program] = {}
+    for trial in trials:
+        config, key = trial.config, start_fingerprint(trial.config)
+        if key in found:
+            continue
+        if not config.sft_first:
+            found[key] = ground.base
+            continue
+        if config.sft not in programs:
+            programs[config.sft] = stages.likelihood_program(ground.materials.model, config.sft)
+        name = trial_data.name_of_pairs(config)
+        both = ground.materials.pairs[name]
+        told = {"pair_set": name, "seed": config.seed, "data": stages.digest(*both.train[:2])}
+        folder = out / STARTS / f"sft-seed{config.seed}-{key}"
+        found[key] = stages.supervise(
+            folder, ground.materials.model, programs[config.sft], ground.base, both.train, told, tracker
+        )
+    return found
+
+
+def _program_key(out: Path, trial: TrialOf) -> str:
+    config = trial.config
+    same = {name: value for name, value in identity(config).items() if name not in NUMBERS}
+    same["preference"] = dataclasses.asdict(config.preference)
+    same["preference"]["optimizer"].pop("learning_rate")
+    if trial_data.remembers(config):
+        same["objective"] = config.objective
+    return fingerprint(same | {"begins": _latest(folder_of(out, trial))})
+
+
+def _latest(folder: Path) -> int:
+    """Step of the latest checkpoint, 0 without one."""
+    checkpoints = folder / "checkpoints"
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _by(trials: Sequence[TrialOf], key: Any) -> list[list[TrialOf]]:
+    found: dict[str, list[TrialOf]] = {}
+    for trial in trials:
+        found.setdefault(key(trial), []).append(trial)
+    return list(found.values())
