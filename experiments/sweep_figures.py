@@ -47,7 +47,9 @@ def draw(sweep: Sweep, folder: Path) -> list[Path]:
                 sweep, folder / "coefficient_ratio", "Ratio of the mean coefficients, d_w / d_l", "d_w / d_l", _ratio
             ),
             _grid(sweep, folder / "cosine", "Mean cos(g_w, g_l), held-out pairs", "cosine", _cosine, share=True),
-            _grid(sweep, folder / "cases", "Share of held-out pairs in each case", "share", _cases, share=True),
+            _grid(
+                sweep, folder / "cases", "Share of held-out pairs in each case", "share", _cases, share=True, means=True
+            ),
         ]
 
 
@@ -58,13 +60,13 @@ def coefficient_ratio(group: Group, split: str = "eval") -> Curve:
     return Curve(chosen.steps, np.where(known, chosen.values / np.where(known, rejected.values, 1.0), np.nan))
 
 
-def seeds_said(sweep: Sweep) -> str:
+def seeds_said(sweep: Sweep, *, bands: bool = True) -> str:
     """How many seeds stand behind a line, in words."""
     counts = sorted({len(group.seeds) for group in sweep.groups.values()})
     if counts == [1]:
         return "one seed"
     many = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"mean of {many} seeds, band: smallest to largest"
+    return f"mean of {many} seeds{', band: smallest to largest' if bands else ''}"
 
 
 def changes(sweep: Sweep, path: Path) -> Path:
@@ -109,6 +111,7 @@ def _grid(
     panel: Callable[[Axes, Group], Iterator[tuple[str, Curve]]],
     *,
     share: bool = False,
+    means: bool = False,
 ) -> Path:
     columns = min(COLUMNS, len(sweep.groups))
     count = math.ceil(len(sweep.groups) / columns)
@@ -131,7 +134,7 @@ def _grid(
     if len(names) > 1:
         figure.legend(handles, names, loc="outside lower center", ncols=len(names))
     scales = "" if share else "; each panel has its own scale" if len(sweep.groups) > 1 else ""
-    figure.suptitle(f"{title}{scales}\n({seeds_said(sweep)})", fontsize=9)
+    figure.suptitle(f"{title}{scales}\n({seeds_said(sweep, bands=not means)})", fontsize=9)
     write_csv(path.with_suffix(".csv"), ("group", "series", "seed", "step", "value"), rows)
     return save(figure, path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,12 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], redraw: R
     trials = plan(settings.trial, points, identity, settings.out)
     if not trials:
         raise UserError("the sweep has no trials")
-    _check(trials)
-    folder = open_sweep(settings.out, kind, identity(settings.trial))
     todo = waiting(settings.out, trials[place - 1 :: shares], retry_failed=settings.retry_failed)
+    _check(todo)
+    folder = open_sweep(settings.out, kind, identity(settings.trial))
     print(f"{kind}: {len(trials)} trials, {len(todo)} to run; output: {settings.out}")
     if todo:
-        from experiments import trial_runs  # what trains takes seconds to import
+        from experiments import trial_runs
 
         trial_runs.run(settings.out, todo, _trackers(settings, kind), settings.packing)
     standing = [status(folder_of(settings.out, trial)) for trial in trials]
@@ -65,8 +65,11 @@ def _trackers(settings: SweepConfig, kind: str) -> Callable[[Path, Mapping[str, 
     return lambda folder, config: training.WandbTracker(folder, config, group=group)
 
 
-def _check(trials: Iterable[Trial[TrialConfig]]) -> None:
-    from experiments import trial_data
+def _check(trials: Sequence[Trial[TrialConfig]]) -> None:
+    """Refuse what cannot work, before anything is written; each kind of trial once."""
+    if not trials:
+        return
+    from experiments import trial_data  # what reads data and models takes seconds to import
 
     seen = set()
     for trial in trials:

@@ -8,10 +8,11 @@ import secrets
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlparse
 
-import wandb
+if TYPE_CHECKING:
+    import wandb
 
 
 class Tracker(Protocol):
@@ -67,6 +68,10 @@ def _key_is_configured(host: str) -> bool:
         return False
 
 
+# Not tried again by this process: a sweep would wait for it at every trial.
+_unreachable: set[str] = set()
+
+
 class WandbTracker:
     """Mirrors metrics to W&B: online when a key is configured, else offline inside the run folder.
 
@@ -88,6 +93,7 @@ class WandbTracker:
           project: W&B project.
           group: W&B's group of the run, for example its sweep.
         """
+        import wandb  # takes a second, which runs that mirror nothing need not wait
 
         def start(mode: Any) -> wandb.Run:
             return wandb.init(
@@ -104,11 +110,13 @@ class WandbTracker:
             )
 
         host = urlparse(wandb.setup().settings.base_url).hostname or ""
-        mode = os.environ.get("WANDB_MODE") or ("online" if _key_is_configured(host) else "offline")
+        online = _key_is_configured(host) and host not in _unreachable
+        mode = os.environ.get("WANDB_MODE") or ("online" if online else "offline")
         try:
             self._run = start(mode)
         except wandb.errors.Error as error:
             warnings.warn(f"W&B cannot be reached ({error}); the mirror of {folder} is offline", stacklevel=2)
+            _unreachable.add(host)
             wandb.teardown()  # its service still holds the run's id
             self._run = start("offline")
         self._run.define_metric("*", step_metric="step")

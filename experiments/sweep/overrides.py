@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import random
 import typing
@@ -121,9 +122,14 @@ def fields(config: Any, head: str = "") -> dict[str, Any]:
     return found
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _replaced(config: Any, path: Sequence[str], value: Any, name: str, root: Any) -> Any:
     first, *rest = path
-    hints = typing.get_type_hints(type(config))
+    hints = _hints(type(config))
     if first not in {field.name for field in dataclasses.fields(config)}:
         raise _unknown(name, root)
     now = getattr(config, first)

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from entangle.errors import UserError
 from entangle.training.run_folder import CONFIG, DONE
 from experiments.command_line import leaves
 from experiments.sweep.trials import FAILED, TRIALS, Status, status
@@ -20,6 +21,9 @@ def read_trials(out: Path) -> list[dict[str, Any]]:
 
     Args:
       out: the sweep's folder.
+
+    Raises:
+      UserError: a file in a folder is no JSON.
 
     Returns:
       One dict a trial: ``name``, ``status``, ``reason`` (of a failure), ``config`` (of the run) and ``done`` (its marker; {}
@@ -90,3 +94,5 @@ def _json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from scripts.benchmarks import geometry_offline, geometry_step, objectives, pair_chain, step, token_heatmap
+from scripts.benchmarks import (
+    geometry_offline,
+    geometry_step,
+    objectives,
+    packed_sweep,
+    pair_chain,
+    step,
+    token_heatmap,
+)
 from scripts.benchmarks.measuring import Benchmark
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -79,6 +87,43 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         runs=21,
         # each contender against its own step in NumPy
         tolerance=1e-3,
+    ),
+    **{
+        f"packed_sweep{suffix}": Benchmark(
+            summary=f"30 trials (10 objectives, 3 seeds) in one program, start-up and compilation included, {said}",
+            extra="train",
+            modules=("flax",),
+            packages=("jax", "jaxlib", "flax", "optax"),
+            prepare=prepare,
+            warm_up=0,
+            # half an hour; every trial's loss is compared between the sides
+            runs=1,
+            tolerance=packed_sweep.TOLERANCE,
+        )
+        for suffix, said, prepare in (
+            ("", "against a process each", packed_sweep.prepare),
+            ("_cached", "against a process each, with a compilation cache that was empty", packed_sweep.prepare_cached),
+        )
+    },
+    "sweep_summary": Benchmark(
+        summary="summary of a sweep from 10,000 finished run folders",
+        extra="train",
+        modules=("flax",),
+        packages=("jax",),
+        prepare=sweep_folders.prepare_summary,
+        warm_up=1,
+        runs=5,
+        tolerance=0.0,
+    ),
+    "sweep_resume": Benchmark(
+        summary="the command of a finished sweep of 1,000 trials, once more: a process from its start to its end",
+        extra="train",
+        modules=("flax",),
+        packages=("jax",),
+        prepare=sweep_folders.prepare_resume,
+        warm_up=1,
+        runs=5,
+        tolerance=0.0,
     ),
     **{
         f"geometry_step_{name}_{length}": Benchmark(

@@ -1,0 +1,288 @@
+"""Many trials in one program give what each gives alone; they stop, fail and go on by themselves."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from entangle import losses, training
+from entangle.errors import NonFiniteError, UserError
+from entangle.training import OptimizerConfig, StageConfig, read_metrics
+from experiments import margin_objectives, stages, trial_data, trial_runs
+from experiments.pair_config import identity
+from experiments.sweep import Status, folder_of, plan, product, status
+from experiments.sweep_config import Packing
+from experiments.trial_config import TrialConfig, start_fingerprint
+
+FEW = {"batch_size": 4, "checkpoint_every": 2, "log_every": 2}
+CONFIG = TrialConfig(
+    vocab_size=400,
+    max_length=48,
+    train_pairs=128,
+    held_out_pairs=16,
+    probe_pairs=4,
+    changes=False,
+    base=StageConfig(4, optimizer=OptimizerConfig(learning_rate=3e-3), **FEW),
+    sft=StageConfig(3, optimizer=OptimizerConfig(learning_rate=3e-3), **FEW),
+    preference=StageConfig(4, optimizer=OptimizerConfig(learning_rate=1e-4), eval_every=2, **FEW),
+)
+SWEEP = [
+    {"objective": "dpo", "seed": 0},
+    {"objective": "dpo", "objective_args.beta": 0.4, "seed": 1},
+    {"objective": "simpo", "preference.optimizer.learning_rate": 5e-4, "seed": 1},
+    {"objective": "slic_hf", "seed": 0},
+    {"objective": "kto", "seed": 0},
+]
+
+
+def no_tracker(folder, config):
+    return training.NoTracker()
+
+
+def planned(out, points=tuple(SWEEP), config=CONFIG):
+    return plan(config, points, identity, out)
+
+
+def records(out, trial):
+    found = read_metrics(folder_of(out, trial))
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in found]
+
+
+def close(found, expected, tolerance=1e-5):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            scale = max(1.0, abs(other[name]))
+            assert abs(value - other[name]) <= tolerance * scale, (one["step"], name, value, other[name])
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweep")
+    trials = planned(out)
+    trial_runs.run(out, trials, no_tracker)
+    return out, trials
+
+
+def test_all_are_one_program_and_end(together):
+    out, trials = together
+    fresh = planned(out / "elsewhere")
+    assert len(trial_runs.groups(out / "elsewhere", fresh)) == 1
+    assert [status(folder_of(out, trial)) for trial in trials] == [Status.DONE] * 5
+    for trial in trials:
+        assert [r["step"] for r in records(out, trial)] == [0, 1, 2, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("place", range(len(SWEEP)))
+def test_a_trial_is_the_run_that_it_is_alone(together, place, tmp_path):
+    out, trials = together
+    config = trials[place].config
+    materials = trial_data.gather(config)
+    pairs = materials.pairs[config.pair_set]
+    like = stages.likelihood_program(materials.model, config.sft)
+    (folder,) = (out / "starts").glob(f"sft-*-{start_fingerprint(config)}")
+    state = training.init_state(materials.model.init(jax.random.key(0)), like.tx)
+    start = training.final_params(folder, state)
+    objective = losses.get_objective(config.objective, **config.objective_args)
+    chain = training.pair_chain("margin")
+    program = stages.preference_program(materials.model, config.preference, objective, chain, changes=False)
+    end = stages.prefer(
+        tmp_path / "run",
+        program,
+        start,
+        pairs,
+        {"pair_set": config.pair_set, "seed": config.seed},
+        no_tracker,
+        probe_pairs=config.probe_pairs,
+    )
+    alone = [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(tmp_path / "run")]
+    close(records(out, trials[place]), alone)
+    like_state = training.init_state(start, program.program.tx, program.program.memory(start))
+    packed = training.final_params(folder_of(out, trials[place]), like_state)
+    for one, other in zip(jax.tree.leaves(packed), jax.tree.leaves(end), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_over_is_not_run_again(together, monkeypatch):
+    out, trials = together
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    monkeypatch.setattr(trial_data, "gather", None)  # not even the data is read
+    trial_runs.run(out, trials, no_tracker)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+
+
+def test_killed_trials_go_on_from_their_own_checkpoints(together, tmp_path):
+    whole, trials = together
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for trial, left in zip(trials, ("all", "end", "nothing", "half", "half"), strict=True):
+        folder = folder_of(out, trial)
+        if left != "all":
+            (folder / "done.json").unlink()
+        if left == "half":
+            shutil.rmtree(folder / "checkpoints" / "4")
+        if left == "nothing":
+            shutil.rmtree(folder / "checkpoints")
+    sizes = sorted(len(group) for group in trial_runs.groups(out, trials[1:]))
+    assert sizes == [1, 1, 2]
+    done = folder_of(out, trials[0]) / "done.json"
+    before = done.stat().st_mtime_ns
+    trial_runs.run(out, trials, no_tracker)
+    assert done.stat().st_mtime_ns == before
+    for trial in trials:
+        assert records(out, trial) == records(whole, trial)
+
+
+def test_a_trial_that_is_not_finite_fails_alone(together, tmp_path):
+    whole, _ = together
+    out = tmp_path / "out"
+    shutil.copytree(whole / "starts", out / "starts")
+    points = [SWEEP[0], {"objective": "dpo", "preference.optimizer.learning_rate": 1e30, "seed": 0}]
+    trials = planned(out, points)
+    trial_runs.run(out, trials, no_tracker)
+    assert [status(folder_of(out, trial)) for trial in trials] == [Status.DONE, Status.FAILED]
+    assert "not finite" in (folder_of(out, trials[1]) / "failed.json").read_text()
+    close(records(out, trials[0]), records(whole, planned(whole)[0]))
+    if all_finite := records(out, trials[1]):
+        assert all(np.isfinite(value) for record in all_finite for value in record.values())
+
+
+@pytest.mark.parametrize("packing", [Packing(most=2), Packing(side_by_side=2)])
+def test_how_trials_are_packed_changes_nothing(together, tmp_path, packing):
+    whole, _ = together
+    out = tmp_path / "out"
+    shutil.copytree(whole / "starts", out / "starts")
+    trials = planned(out, SWEEP[:3])
+    trial_runs.run(out, trials, no_tracker, packing)
+    for trial in trials:
+        close(records(out, trial), records(whole, trial))
+
+
+def test_packs_are_as_large_as_memory_allows(together, tmp_path, monkeypatch):
+    whole, _ = together
+    sizes = []
+
+    def prefer_trials(runs, program, pairs, *, probe_pairs):
+        sizes.append(len(runs))
+        return [NonFiniteError("not trained here")] * len(runs)
+
+    monkeypatch.setattr(stages, "prefer_trials", prefer_trials)
+    monkeypatch.setattr(stages, "memory_of_step", lambda program, start, pairs, count, probe_pairs: count * 2**29)
+    out = tmp_path / "out"
+    shutil.copytree(whole / "starts", out / "starts")
+    trial_runs.run(out, planned(out), no_tracker, Packing(memory_gib=1.0))
+    assert sizes == [2, 2, 1]
+
+
+def test_the_compiler_says_what_a_step_takes(together):
+    _, trials = together
+    config = trials[0].config
+    materials = trial_data.gather(config)
+    params = jax.jit(materials.model.init)(jax.random.key(0))
+
+    def needed(count, side_by_side):
+        program = stages.trials_program(
+            materials.model,
+            config.preference,
+            [("dpo", {})] * count,
+            [1e-4] * count,
+            training.pair_chain("margin"),
+            changes=False,
+            side_by_side=side_by_side,
+        )
+        return stages.memory_of_step(program, params, materials.pairs[config.pair_set], count, 4)
+
+    state = 4 * sum(leaf.size for leaf in jax.tree.leaves(params)) * 3  # parameters and two moments
+    one, two_in_turn, two_at_once = needed(1, 1), needed(2, 1), needed(2, 2)
+    assert one > 2 * state
+    assert two_in_turn - one > state
+    assert two_at_once > two_in_turn
+
+
+def test_a_locked_trial_is_left_to_its_process(together, tmp_path, capsys):
+    whole, _ = together
+    out = tmp_path / "out"
+    shutil.copytree(whole / "starts", out / "starts")
+    mine, theirs = planned(out, SWEEP[:2])
+    shutil.copytree(folder_of(whole, theirs), folder_of(out, theirs))
+    (folder_of(out, theirs) / "done.json").unlink()
+    other = training.RunFolder(folder_of(out, theirs), json.loads((folder_of(out, theirs) / "config.json").read_text()))
+    with other.locked():
+        trial_runs.run(out, [mine, theirs], no_tracker)
+    assert status(folder_of(out, mine)) is Status.DONE
+    assert status(folder_of(out, theirs)) is Status.BEGUN
+    assert f"left to another process: {theirs.name}" in capsys.readouterr().out
+
+
+def test_objectives_that_remember_have_programs_of_their_own(tmp_path):
+    points = product({"objective": ["dpo", "ipo", "beta_dpo", "bco_pair_shifted"], "seed": range(2)})
+    sizes = [len(group) for group in trial_runs.groups(tmp_path, planned(tmp_path, points))]
+    assert sizes == [4, 2, 2]
+
+
+def test_other_pairs_and_lengths_have_programs_of_their_own(tmp_path):
+    points = [
+        {"preference.steps": 5},
+        {"preference.steps": 6},
+        {"pair_chain": "pcgrad"},
+        {"preference.steps": 5, "seed": 3},
+    ]
+    assert [len(group) for group in trial_runs.groups(tmp_path, planned(tmp_path, points))] == [2, 1, 1]
+
+
+def test_pair_sets_that_are_none_and_held_out_files_without_use_are_refused():
+    with pytest.raises(UserError, match=r"unknown pair set 'tweet'"):
+        trial_data.check(TrialConfig(pair_set="tweet"))
+    with pytest.raises(UserError, match=r"--held-out x.jsonl has no effect"):
+        trial_data.check(TrialConfig(held_out="x.jsonl"))
+
+
+def small(out, **changes):
+    smoke = margin_objectives.presets()["smoke"]
+    return dataclasses.replace(smoke, out=out, track=False, trial=CONFIG, **changes)
+
+
+def test_the_experiment_from_its_sweep_to_its_report(tmp_path):
+    settings = small(tmp_path / "out")
+    files = margin_objectives.run(settings)
+    assert {file.name for file in files} >= {"summary.csv", "log_probs.png", "cases.png", "report.md"}
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert report.count("| done |") == 6
+    assert "synchronised" in report
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert margin_objectives.run(settings) == files
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    more = margin_objectives.run(dataclasses.replace(settings, seeds=3))
+    assert (tmp_path / "out" / "report.md").read_text().count("| done |") == 9
+    assert more == files
+
+
+def test_shares_together_are_the_sweep(tmp_path):
+    for place in (1, 2, 3):
+        files = margin_objectives.run(
+            small(tmp_path / "out", part=f"{place}/3", objectives=("dpo", "ipo", "cpo"), seeds=1)
+        )
+        assert bool(files) == (place == 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--objectives", "dppo"], "unknown objective 'dppo' (did you mean dpo?)"),
+        (["--objectives", "dpo", "dpo"], "two trials with one fingerprint"),
+        (["--betas", "-1"], "objective 'dpo': beta -1.0 is not in (0, inf)"),
+        (["--trial.pair-set", "tweet"], "unknown pair set 'tweet'"),
+        (["--preset", "hh-rlhf"], "name the data with --trial.data"),
+        (["--seeds", "0"], "--seeds: at least one is needed"),
+        (["--part", "4/3"], "I/N is needed"),
+        (["--packing.most", "-1"], "--packing.most -1: 0 or more"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_writes_nothing(fail, tmp_path, words, message):
+    out = tmp_path / "out"
+    assert message in fail(["--preset", "smoke", "--no-track", "--out", str(out), *words], margin_objectives.main)
+    assert not out.exists()
