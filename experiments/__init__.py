@@ -7,7 +7,16 @@ from entangle.errors import MissingExtraError
 
 try:
     extras.require(
-        "train", "tyro", "matplotlib", "flax", "orbax", "grain", "tensorflow_datasets", "tokenizers", "wandb"
+        "train",
+        "tyro",
+        "matplotlib",
+        "markdown_it",
+        "flax",
+        "orbax",
+        "grain",
+        "tensorflow_datasets",
+        "tokenizers",
+        "wandb",
     )
 except MissingExtraError as error:
     if sys.argv[0] != "-m":

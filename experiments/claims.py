@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments import token_heatmap
-from experiments.run_tables import Runs, curve, recorded, spread
+from experiments.run_tables import Runs, curve, read_json, recorded, spread
 
 
 class Verdict(NamedTuple):
@@ -135,7 +134,7 @@ def _tokens(runs: Runs, out: Path) -> list[Verdict]:
         file = out / name / "seed0" / token_heatmap.FILE
         if not file.exists():
             continue
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = read_json(file)
         blocks = {when: np.asarray(block) for when, block in record["cosines"].items()}
         # from the right: the labels need not have the same number of tokens
         ends = zip(reversed(record["chosen"]), reversed(record["rejected"]), strict=False)

@@ -15,16 +15,15 @@ Hardware and time: two CPU cores: about a minute of one core a start point, eigh
 training.
 Result: experiments/results/one_step/one_step.md (three seeds): every promise is kept where it is made and none of them on the
 batch for single pairs; under Adam the batch sums are kept by protect_chosen alone of those that promise a side.
-Output: ``one_step.csv``, a row for every remedy, setting, set, start point and seed; ``one_step.md``; ``one_step.png``.
+Output: ``one_step.csv``, a row for every remedy, setting, set, start point and seed; ``one_step.md``; ``one_step.png``;
+``report.html``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +32,8 @@ import numpy as np
 from entangle import losses, models, training
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, RunFolder
-from entangle.training.run_folder import DONE
 from entangle.types import LogProbFn, PairBatch, Params
-from experiments import command_line, one_step_measure, one_step_report, pair_runs, stages
+from experiments import command_line, figures, one_step_measure, one_step_report, pair_runs, stages
 from experiments.pair_config import NOT_EVALUATED, objective_identity
 from experiments.sentiment_config import SentimentConfig
 from experiments.sentiment_config import presets as sentiment_presets
@@ -136,7 +134,6 @@ def run(settings: OneStepConfig) -> list[Path]:
             what = f"--pairs {settings.pairs}: with the {needed - settings.pairs} behind Adam's moments"
             raise UserError(f"{what} they are more than {name}'s {len(both.train.tokens)} training pairs")
     experiment = pair_runs.open_folder(settings, "one_step", materials.pairs, materials.report)
-    rows: list[dict[str, Any]] = []
     most = max(int(both.train.completion_mask.sum(-1).max()) for both in materials.pairs.values())
     log_prob_fn = completion_log_probs(materials.model, most)
     made = one_step_measure.programs(log_prob_fn, _objective(settings), settings.remedies)
@@ -144,8 +141,8 @@ def run(settings: OneStepConfig) -> list[Path]:
         for seed, (supervised, preferred) in enumerate(_models(settings, materials, pair_set, both)):
             examples, warm = _sample(settings, both, seed)
             for when, params in (("SFT", supervised), ("DPO", preferred)):
-                rows += _measured(settings, made, (pair_set, seed, when), params, supervised, examples, warm)
-    return one_step_report.write(experiment.path, rows)
+                _measure(settings, made, (pair_set, seed, when), params, supervised, examples, warm)
+    return figures.redraw(experiment.path)
 
 
 def completion_log_probs(model: models.LanguageModel, most: int) -> LogProbFn:
@@ -210,7 +207,7 @@ def _sample(settings: OneStepConfig, both: stages.PreferenceData, seed: int) -> 
     return one, other
 
 
-def _measured(
+def _measure(
     settings: OneStepConfig,
     made: one_step_measure.Programs,
     where: tuple[str, int, str],
@@ -218,8 +215,8 @@ def _measured(
     reference: Params,
     pairs: PairBatch,
     warm: PairBatch,
-) -> list[dict[str, Any]]:
-    """Rows of one start point, out of its folder where they are there."""
+) -> None:
+    """Leave the rows of one start point in its folder, where they are not there yet."""
     pair_set, seed, when = where
     identity = {
         "kind": "one_step_rows",
@@ -227,14 +224,12 @@ def _measured(
         **{name: getattr(settings, name) for name in ("objective", "objective_args", "remedies", "step")},
         **objective_identity(settings),
     }
-    folder = RunFolder(settings.out / pair_set / f"seed{seed}" / f"one_step_after_{when.lower()}", identity)
+    folder = RunFolder(one_step_report.folder(settings.out, *where), identity)
     if not folder.done:
         print(f"{pair_set}, seed {seed}, after {when}: {len(made.remedies)} remedies", flush=True)
         with folder.locked():
             found = one_step_measure.measure(made, reference, params, pairs, warm, settings.step)
             folder.mark_done({"rows": one_step_report.rows(found)})
-    key = {"set": pair_set, "seed": seed, "start": when}
-    return [{**key, **row} for row in json.loads((folder.path / DONE).read_text(encoding="utf-8"))["rows"]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,10 +11,13 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from entangle.errors import UserError
+from entangle.training.run_folder import CONFIG, DONE
 from entangle.transforms import WEIGHTINGS
 from entangle.transforms.table import Promises
 from experiments.one_step_changes import ALONE, ON_BATCH, PROTECT, SETTINGS, STILL, Changes, Measured, agreement, signs
 from experiments.plotting import BLUE, STYLE, VERMILION
+from experiments.run_tables import read_json
 
 Row = dict[str, Any]
 NAME = "one_step"
@@ -28,6 +31,43 @@ TITLES = {
     "adam_own": "batch, Adam, own moments",
 }
 STYLES = {"SFT": (BLUE, "o", -0.16), "DPO": (VERMILION, "s", 0.16)}
+
+
+def folder(out: Path, pair_set: str, seed: int, start: str) -> Path:
+    """Where the rows of one start point are kept.
+
+    Example:
+      >>> from pathlib import Path
+      >>> from experiments.one_step_report import folder
+      >>> folder(Path("out"), "long_suffix", 0, "SFT").name
+      'one_step_after_sft'
+    """
+    return out / pair_set / f"seed{seed}" / f"one_step_after_{start.lower()}"
+
+
+def redraw(out: Path) -> list[Path]:
+    """Write table, Markdown and figure of the study from its folders alone.
+
+    Args:
+      out: the study's folder.
+
+    Returns:
+      The files.
+
+    Raises:
+      UserError: a start point has not been measured yet, or a file cannot be read; nothing has been overwritten.
+    """
+    config = read_json(out / CONFIG)
+    found: list[Row] = []
+    for pair_set in config["sets"]:
+        for seed in range(config["seeds"]):
+            for start in STYLES:
+                done = folder(out, pair_set, seed, start) / DONE
+                if not done.exists():
+                    raise UserError(f"{done.parent}: not measured yet; run the study to its end first")
+                key = {"set": pair_set, "seed": seed, "start": start}
+                found += [key | row for row in read_json(done)["rows"]]
+    return write(out, found)
 
 
 def rows(found: Measured) -> list[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments import token_heatmap
 from experiments.plotting import BLUE, GREEN, ORANGE, SIDES, STYLE, band, csv_rows, save, write_csv
-from experiments.run_tables import PREDICTIONS, Runs, all_predictions, curve, method_label, read_runs
+from experiments.run_tables import PREDICTIONS, Runs, all_predictions, curve, method_label, read_json, read_runs
 
 SET_STYLES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."))
 
@@ -161,7 +160,7 @@ def _figures_4b(runs: Runs, out: Path, folder: Path) -> list[Path]:
     for name in runs.records:
         file = out / name / "seed0" / token_heatmap.FILE
         if file.exists():
-            drawn.append(_figure_4b(json.loads(file.read_text(encoding="utf-8")), name, folder))
+            drawn.append(_figure_4b(read_json(file), name, folder))
     return drawn
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from entangle import losses, training
 from entangle.training import RunFolder
 from entangle.types import Params
-from experiments import pair_figures, references, report, stages
+from experiments import figures, references, stages
 from experiments.pair_config import PairConfig, identity, objective_identity
 from experiments.pair_data import Checkpoint
 
@@ -128,9 +128,9 @@ def write_up(experiment: RunFolder) -> list[Path]:
       experiment: its folder, all runs finished.
 
     Returns:
-      The files that a reader wants: figures and report.
+      The files that a reader wants: figures and report, see ``figures.redraw``.
     """
-    files = [*pair_figures.draw(experiment.path), report.write(experiment.path)]
+    files = figures.redraw(experiment.path)
     if not experiment.done:
         experiment.mark_done({"files": [str(f.relative_to(experiment.path)) for f in files]})
     return files

@@ -5,7 +5,7 @@ log-probabilities move, how their gradients are entangled, and which case the pa
 
 Command: ``python -m experiments.preferences --data TRAIN.jsonl --held-out TEST.jsonl --model FOLDER --out DIR``.
 Hardware and time: an accelerator for GPT-2 small and larger; the smoke preset on a million parameters took 94 s on two cores.
-Result: figures (log-probabilities, cosine), their numbers as CSV, and report.md in the output folder.
+Result: figures (log-probabilities, cosine), their numbers as CSV, report.md and report.html in the output folder.
 """
 
 from __future__ import annotations

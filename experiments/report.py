@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from experiments import claims, pair_figures
@@ -13,6 +12,7 @@ from experiments.run_tables import (
     curve,
     method_label,
     pair_chain_label,
+    read_json,
     read_runs,
     spread,
 )
@@ -20,8 +20,24 @@ from experiments.run_tables import (
 CASES = ("ideal", "both_fall", "both_rise", "reversed", "inactive")
 
 
+def redraw(out: Path) -> list[Path]:
+    """Draw the figures and write ``report.md`` of an experiment on preference pairs, from its run folders alone.
+
+    Args:
+      out: the experiment's folder.
+
+    Returns:
+      The files that a reader wants: figures and report.
+
+    Raises:
+      UserError: the folder has no finished runs, or a file in it cannot be read; nothing has been overwritten.
+    """
+    text(out)  # what is amiss ends here, before anything is drawn
+    return [*pair_figures.draw(out), write(out)]
+
+
 def write(out: Path) -> Path:
-    """Write ``report.md`` into an experiment's folder, from its run folders alone.
+    """Write ``report.md`` into an experiment's folder; the figures that it shows are there already.
 
     Args:
       out: the experiment's folder.
@@ -30,7 +46,18 @@ def write(out: Path) -> Path:
       The file.
 
     Raises:
-      UserError: the folder has no finished runs.
+      UserError: see ``text``.
+    """
+    file = out / "report.md"
+    file.write_text(text(out), encoding="utf-8")
+    return file
+
+
+def text(out: Path) -> str:
+    """What ``report.md`` says.
+
+    Raises:
+      UserError: the folder has no finished runs, or a file in it cannot be read.
     """
     runs = read_runs(out)
     claimed = [_claims(runs, out)] if runs.config["kind"] == "sentiment" else []
@@ -45,9 +72,7 @@ def write(out: Path) -> Path:
         _data(runs, out),
         provenance(out),
     ]
-    file = out / "report.md"
-    file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return file
+    return "\n\n".join(parts) + "\n"
 
 
 def _head(runs: Runs) -> str:
@@ -141,7 +166,7 @@ def _checks(runs: Runs) -> str:
 
 
 def _data(runs: Runs, out: Path) -> str:
-    sets = json.loads((out / "pairs.json").read_text(encoding="utf-8"))
+    sets = read_json(out / "pairs.json")
     rows = [
         f"- {name}, {split}: {'; '.join(map(str.strip, x))}"
         for name, splits in sets.items()
@@ -174,7 +199,7 @@ def _pictures(runs: Runs, out: Path) -> str:
 
 def provenance(out: Path) -> str:
     """The report's last section: commit, versions, devices."""
-    environments = json.loads((out / "environment.json").read_text(encoding="utf-8"))
+    environments = read_json(out / "environment.json")
     environment = environments[-1]
     more = f" (the last of {len(environments)} environments)" if len(environments) > 1 else ""
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())

@@ -11,6 +11,7 @@ import numpy as np
 
 from entangle.errors import UserError
 from entangle.training import read_metrics
+from entangle.training.run_folder import CONFIG, DONE
 
 # What predicts the changes of ``agreement/...``, in print.
 PREDICTIONS = {
@@ -74,19 +75,57 @@ def read_runs(out: Path, names: str | None = None, stage: str = "preference") ->
       stage: the run's folder in that of its seed; "" where that is the run's own.
 
     Raises:
-      UserError: the folder has no experiment, or a seed has no run.
+      UserError: the folder has no experiment, or a seed's run has not ended.
     """
-    file = out / "config.json"
-    if not file.exists():
-        raise UserError(f"{out}: no experiment (config.json is missing)")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    records = {}
-    for name in config[names] if names else json.loads((out / "pairs.json").read_text(encoding="utf-8")):
-        seeds = [read_metrics(out / name / f"seed{seed}" / stage) for seed in range(config["seeds"])]
-        if not all(seeds):
-            raise UserError(f"{out / name}: a seed has no metrics yet; run the experiment to its end first")
-        records[name] = seeds
-    return Runs(config, records)
+    config = read_json(out / CONFIG)
+    found = config[names] if names else read_json(out / "pairs.json")
+    return Runs(config, {name: read_seeds(out / name, config["seeds"], stage) for name in found})
+
+
+def read_seeds(folder: Path, seeds: int, stage: str = "") -> list[list[dict[str, Any]]]:
+    """Read the metrics of every seed's run under a folder.
+
+    Args:
+      folder: the folder that has one of each seed.
+      seeds: number of seeds.
+      stage: the run's folder in that of its seed; "" where that is the run's own.
+
+    Raises:
+      UserError: a seed's run has not ended.
+
+    Example:
+      >>> from pathlib import Path
+      >>> from experiments.run_tables import read_seeds
+      >>> read_seeds(Path("nowhere"), 1)
+      Traceback (most recent call last):
+      entangle.errors.UserError: nowhere/seed0: this run has not ended; run the experiment to its end first
+    """
+    runs = [folder / f"seed{seed}" / stage for seed in range(seeds)]
+    for run in runs:
+        if not (run / DONE).exists():
+            raise UserError(f"{run}: this run has not ended; run the experiment to its end first")
+    return [read_metrics(run) for run in runs]
+
+
+def read_json(file: Path) -> Any:
+    """Read one of the JSON files of an experiment's folder.
+
+    Raises:
+      UserError: it is missing, or cannot be read.
+
+    Example:
+      >>> from pathlib import Path
+      >>> from experiments.run_tables import read_json
+      >>> read_json(Path("nowhere/pairs.json"))
+      Traceback (most recent call last):
+      entangle.errors.UserError: nowhere/pairs.json is missing
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from None
 
 
 def curve(seeds: Iterable[list[dict[str, Any]]], metric: str) -> Curve:

@@ -11,7 +11,8 @@ Result: experiments/results/single_token/single_token.md (three seeds): on held-
 on training pairs it rises for a while under SGD after a short SFT. The larger the step, the larger its share of the rejected
 one's fall.
 Output: ``single_token.csv`` and ``single_token.md``, one row a variant: changes from the first to the last evaluation and
-highest evaluation above the first, in nats; accuracy, cosine and share of ideal pairs at the end, on held-out pairs.
+highest evaluation above the first, in nats; accuracy, cosine and share of ideal pairs at the end, on held-out pairs; and
+``report.html``, the same table as a page.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from typing import NamedTuple
 
 from entangle import losses, training
 from entangle.errors import UserError
-from entangle.training import RunFolder, read_metrics
-from experiments import command_line, pair_runs, stages
+from entangle.training import RunFolder
+from entangle.training.run_folder import CONFIG
+from experiments import command_line, figures, pair_runs, stages
 from experiments.pair_config import NOT_EVALUATED, identity
-from experiments.run_tables import curve, spread
+from experiments.run_tables import curve, read_json, read_seeds, spread
 from experiments.sentiment_config import SentimentConfig
 from experiments.sentiment_config import presets as sentiment_presets
 from experiments.sentiment_data import gather
@@ -87,8 +89,11 @@ def presets() -> dict[str, SentimentConfig]:
     return {name: dataclasses.replace(preset, **changed) for name, preset in sentiment_presets().items()}  # type: ignore[arg-type]
 
 
-def run(settings: SentimentConfig) -> Path:
+def run(settings: SentimentConfig) -> list[Path]:
     """Run every variant and seed that is not done yet, and write the table.
+
+    Returns:
+      The files: the table as CSV, in Markdown and as a page.
 
     Raises:
       UserError: bad input; the base model must be a checkpoint folder.
@@ -122,19 +127,22 @@ def run(settings: SentimentConfig) -> Path:
             )
             folder = settings.out / variant.name / f"seed{seed}"
             stages.prefer(folder, program, start, pairs, preferred, tracker, probe_pairs=settings.probe_pairs)
-    return write_table(settings.out, settings.seeds)
+    return figures.redraw(settings.out)
 
 
-def write_table(out: Path, seeds: int) -> Path:
-    """Write ``single_token.csv`` and ``single_token.md`` from the run folders.
+def redraw(out: Path) -> list[Path]:
+    """Write ``single_token.csv`` and ``single_token.md`` from the run folders alone.
 
     Args:
       out: the experiment's folder.
-      seeds: number of seeds.
 
     Returns:
-      The Markdown file.
+      The files.
+
+    Raises:
+      UserError: a run has not ended, or a file cannot be read; nothing has been overwritten.
     """
+    seeds = read_json(out / CONFIG)["seeds"]
     rows = [_row(out, variant, seeds) for variant in sweep()]
     with (out / "single_token.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -143,11 +151,11 @@ def write_table(out: Path, seeds: int) -> Path:
     lines = [LEGEND, "", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
     lines += ["| " + " | ".join(str(value) for value in row.values()) + " |" for row in rows]
     (out / "single_token.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return out / "single_token.md"
+    return [out / "single_token.csv", out / "single_token.md"]
 
 
 def _row(out: Path, variant: Variant, seeds: int) -> dict[str, object]:
-    records = [read_metrics(out / variant.name / f"seed{seed}") for seed in range(seeds)]
+    records = read_seeds(out / variant.name, seeds)
     row: dict[str, object] = {
         "SFT steps": variant.sft_steps,
         "optimizer": variant.optimizer,
@@ -175,7 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     why = "this study computes its references anew"
     command_line.refuse_unused(settings, presets()[settings.preset], ("reference_cache",), why)
     command_line.refuse_unused(settings, presets()[settings.preset], *NOT_EVALUATED)
-    print(run(settings).read_text(encoding="utf-8"))
+    files = run(settings)
+    print(next(file for file in files if file.suffix == ".md").read_text(encoding="utf-8"))
+    command_line.name_files(files)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from entangle import geometry, losses, models, training
 from entangle.models import LanguageModel
 from entangle.training.gradients import GradientResult
 from entangle.types import PairBatch, Params
-from experiments import command_line, pair_runs, stages, unlearning_figures, unlearning_report
+from experiments import command_line, pair_runs, stages
 from experiments.pair_config import NOT_EVALUATED
 from experiments.sentiment_config import TWEETS
 from experiments.unlearning_config import NOT_SET_HERE, VARIANTS, UnlearningConfig, Variant, presets
@@ -71,10 +71,7 @@ def run(settings: UnlearningConfig) -> list[Path]:
             identity |= {"variant": variant.name, "memory": settings.memory}
             folder = settings.out / variant.name / f"seed{seed}"
             stages.prefer(folder, program, start, pairs, identity, tracker, probe_pairs=settings.probe_pairs)
-    files = [*unlearning_figures.draw(experiment.path), unlearning_report.write(experiment.path)]
-    if not experiment.done:
-        experiment.mark_done({"files": [str(file.relative_to(experiment.path)) for file in files]})
-    return files
+    return pair_runs.write_up(experiment)
 
 
 class _Compiled(NamedTuple):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import report
-from experiments.run_tables import Runs, curve, objective_label, spread
+from experiments import report, unlearning_figures
+from experiments.run_tables import Runs, curve, objective_label, read_json, spread
 from experiments.unlearning_config import METHODS, OPTIMIZERS, VARIANTS
 from experiments.unlearning_figures import moved, read, share
 
@@ -22,23 +21,33 @@ FIGURES = ("log_probs", "trade_off", "first_order")
 Seeds = list[list[dict[str, Any]]]
 
 
-def write(out: Path) -> Path:
-    """Write ``report.md`` into an experiment's folder, from its run folders alone.
+def redraw(out: Path) -> list[Path]:
+    """Draw the figures and write ``report.md`` of the unlearning experiment, from its run folders alone.
 
     Args:
       out: the experiment's folder.
 
     Returns:
-      The file.
+      The files that a reader wants: figures and report.
 
     Raises:
-      UserError: the folder has no finished runs.
+      UserError: the folder has no finished runs, or a file in it cannot be read; nothing has been overwritten.
+    """
+    said = text(out)  # what is amiss ends here, before anything is drawn
+    figures = unlearning_figures.draw(out)
+    (out / "report.md").write_text(said, encoding="utf-8")
+    return [*figures, out / "report.md"]
+
+
+def text(out: Path) -> str:
+    """What ``report.md`` says.
+
+    Raises:
+      UserError: the folder has no finished runs, or a file in it cannot be read.
     """
     runs = read(out)
     parts = [_head(runs), _seen(runs), _judged(runs), _moved(runs), _pictures(), _data(out), report.provenance(out)]
-    file = out / "report.md"
-    file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return file
+    return "\n\n".join(parts) + "\n"
 
 
 def verdict(seeds: Seeds, method: str) -> str:
@@ -193,7 +202,7 @@ def _pictures() -> str:
 
 
 def _data(out: Path) -> str:
-    sets = json.loads((out / "pairs.json").read_text(encoding="utf-8"))
+    sets = read_json(out / "pairs.json")
     rows = [f"- {name}, {split}: {'; '.join(map(str.strip, x))}" for name, s in sets.items() for split, x in s.items()]
     text = "A seed varies the order of the batches, in supervised training and in forgetting."
     return "\n".join(["## Data", "", text, "", *rows])

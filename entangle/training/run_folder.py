@@ -23,8 +23,27 @@ BEFORE_CONFIG = (ENVIRONMENT, f"{ENVIRONMENT}.partial", f"{CONFIG}.partial")
 PACKAGES = ("entangle", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "grain")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text so that the file is either the old one or the whole new one, also when the process is killed.
+
+    Example:
+      >>> import tempfile, pathlib
+      >>> from entangle.training.run_folder import write_text
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "x.txt"
+      >>> write_text(path, "whole")
+      >>> path.read_text(), [p.name for p in path.parent.iterdir()]
+      ('whole', ['x.txt'])
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one, also when the process is killed.
+    """Write JSON as ``write_text`` writes a text.
 
     Example:
       >>> import tempfile, pathlib
@@ -34,12 +53,7 @@ def write_json(path: Path, value: Any) -> None:
       >>> path.read_text()
       '{\\n  "a": 1\\n}\\n'
     """
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @functools.cache

@@ -165,7 +165,7 @@ def shrunk(out, model):
 def test_the_smoke_preset_end_to_end(tmp_path):
     settings = shrunk(tmp_path / "out", base_model(tmp_path / "base"))
     files = one_step.run(settings)
-    assert [file.name for file in files] == ["one_step.csv", "one_step.md", "one_step.png"]
+    assert [file.name for file in files] == ["one_step.csv", "one_step.md", "one_step.png", "report.html"]
     with files[0].open() as file:
         found = list(csv.DictReader(file))
     assert len(found) == 2 * 5 * 2  # start points, settings, margin and band

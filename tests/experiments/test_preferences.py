@@ -68,7 +68,13 @@ def finished(tmp_path_factory, checkpoint):
 def test_files_are_there_and_named(finished):
     asked, files = finished
     names = [str(f.relative_to(asked.out)) for f in files]
-    assert names == ["figures/log_ratios.png", "figures/cosine.png", "figures/agreement.png", "report.md"]
+    assert names == [
+        "figures/log_ratios.png",
+        "figures/cosine.png",
+        "figures/agreement.png",
+        "report.md",
+        "report.html",
+    ]
     with (asked.out / "figures" / "log_ratios.csv").open() as file:
         rows = list(csv.DictReader(file))
     records = training.read_metrics(asked.out / "preferences" / "seed0" / "preference")
@@ -119,8 +125,8 @@ def without_sft(finished, tmp_path_factory):
 def test_without_sft_the_checkpoint_itself_is_the_start(without_sft):
     asked, files = without_sft
     # and nothing is recorded of what the steps did, so nothing is drawn or said of it
-    assert [file.name for file in files] == ["log_ratios.png", "cosine.png", "report.md"]
-    assert "What moved the rows" not in files[-1].read_text() and "nothing is checked" in files[-1].read_text()
+    assert [file.name for file in files] == ["log_ratios.png", "cosine.png", "report.md", "report.html"]
+    assert "What moved the rows" not in files[-2].read_text() and "nothing is checked" in files[-2].read_text()
     assert sorted(p.name for p in (asked.out / "preferences" / "seed0").iterdir()) == ["preference"]
     _, params = models.load_gpt2(asked.model)
     pairs = preferences.gather(asked).pairs

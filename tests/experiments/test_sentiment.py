@@ -48,10 +48,10 @@ def test_files_are_there_and_named(finished):
     sets = ("single_token", "short_suffix", "long_suffix")
     heatmaps = [f"figures/figure_4b_{name}.png" for name in sets]
     curves = [f"figures/{name}.png" for name in ("figure_3", "figure_4a", "agreement")]
-    assert names == [*curves, *heatmaps, "report.md"]
+    assert names == [*curves, *heatmaps, "report.md", "report.html"]
     for file in files:
         assert file.stat().st_size > 0
-        assert file.suffix == ".md" or file.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+        assert file.suffix != ".png" or file.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_plotted_numbers_are_the_runs_numbers(finished):
