@@ -18,7 +18,7 @@ from pathlib import Path
 from entangle import losses
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, StageConfig
-from experiments import command_line, margin_report, sweep_runs
+from experiments import command_line, sweep_runs
 from experiments.pair_config import NOT_EVALUATED
 from experiments.sweep import Overrides, product
 from experiments.sweep_config import SweepConfig
@@ -140,7 +140,7 @@ def run(settings: MarginObjectivesConfig) -> list[Path]:
             raise UserError(f"--{name}: at least one is needed")
     if not settings.trial.data:
         raise UserError(f"--preset {settings.preset}: name the data with --trial.data")
-    return sweep_runs.run(settings, KIND, sweep(settings), margin_report.redraw)
+    return sweep_runs.run(settings, KIND, sweep(settings))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,17 +15,14 @@ from experiments.sweep import summary as summaries
 from experiments.sweep_config import SweepConfig
 from experiments.trial_config import TrialConfig
 
-Redraw = Callable[[Path], list[Path]]
 
-
-def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], redraw: Redraw) -> list[Path]:
+def run(settings: SweepConfig, kind: str, points: Iterable[Overrides]) -> list[Path]:
     """Run or continue a sweep.
 
     Args:
       settings: the configuration.
-      kind: of experiment, part of the folder's identity.
+      kind: of experiment, part of the folder's identity; ``experiments.figures`` knows what draws it.
       points: the sweep: overrides of ``settings.trial``.
-      redraw: the sweep's folder to the files that a reader wants, made from the run folders alone.
 
     Returns:
       These files; none where trials are left to other shares or processes.
@@ -53,7 +50,9 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], redraw: R
         files = json.loads((settings.out / "done.json").read_text(encoding="utf-8"))["files"]
         if all((settings.out / file).exists() for file in files):
             return [settings.out / file for file in files]
-    files = [summaries.write(settings.out), *redraw(settings.out)]
+    from experiments import figures
+
+    files = [summaries.write(settings.out), *figures.redraw(settings.out)]
     folder.mark_done({"files": [str(file.relative_to(settings.out)) for file in files]})
     return files
 

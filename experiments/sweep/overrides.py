@@ -123,13 +123,14 @@ def fields(config: Any, head: str = "") -> dict[str, Any]:
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
 def _replaced(config: Any, path: Sequence[str], value: Any, name: str, root: Any) -> Any:
     first, *rest = path
-    hints = _hints(type(config))
+    kind: Any = type(config)
+    hints = _hints(kind)
     if first not in {field.name for field in dataclasses.fields(config)}:
         raise _unknown(name, root)
     now = getattr(config, first)

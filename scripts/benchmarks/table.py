@@ -11,6 +11,7 @@ from scripts.benchmarks import (
     packed_sweep,
     pair_chain,
     step,
+    sweep_folders,
     token_heatmap,
 )
 from scripts.benchmarks.measuring import Benchmark

@@ -4,12 +4,12 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 2)
 
-import jax.numpy as jnp
-import numpy as np
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
 
-from entangle import losses, training
-from entangle.training.trials import stacked
-from entangle.types import PairBatch
+from entangle import losses, training  # noqa: E402
+from entangle.training.trials import stacked, trial  # noqa: E402
+from entangle.types import PairBatch  # noqa: E402
 
 STAGE = training.StageConfig(5, 6, training.OptimizerConfig(learning_rate=1e-2))
 SETTINGS = [("dpo", {"beta": 0.3}), ("aot", {}), ("slic_hf", {})]
@@ -40,11 +40,7 @@ def main():
     tx = STAGE.optimizer.build(STAGE.steps, chain.head)
     state = training.init_state(params, tx, training.preference_memory(losses.dpo, params))
     probe = jax.tree.map(lambda leaf: leaf[0, :4], pairs)
-    own = [
-        (jax.tree.map(lambda leaf: leaf[place], selection.choices), rates[place], state)
-        + (jax.tree.map(lambda leaf: leaf[place], batch),)
-        for place in range(3)
-    ]
+    own = [(trial(selection.choices, k), rates[k], state, trial(batch, k)) for k in range(3)]
     expected = [jax.jit(step)(probe, *one) for one in own]
     mesh = training.trial_mesh()
     assert mesh.shape == {"trial": 2}
