@@ -52,7 +52,7 @@ class SweepConfig:
     out: Path = Path("runs/sweep")
     preset: str = "laptop"
     seeds: int = 3
-    trial: TrialConfig = TrialConfig()  # noqa: RUF009
+    trial: TrialConfig = TrialConfig()
     packing: Packing = Packing()
     part: str = ""
     retry_failed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

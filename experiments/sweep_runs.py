@@ -9,6 +9,7 @@ from typing import Any
 
 from entangle import training
 from entangle.errors import UserError
+from entangle.training.run_folder import one_at_a_time
 from experiments.pair_config import identity
 from experiments.sweep import Overrides, Status, Trial, folder_of, open_sweep, plan, status, waiting
 from experiments.sweep import summary as summaries
@@ -52,8 +53,9 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides]) -> list[P
             return [settings.out / file for file in files]
     from experiments import figures
 
-    files = [summaries.write(settings.out), *figures.redraw(settings.out)]
-    folder.mark_done({"files": [str(file.relative_to(settings.out)) for file in files]})
+    with one_at_a_time(settings.out):
+        files = [summaries.write(settings.out), *figures.redraw(settings.out)]
+        folder.mark_done({"files": [str(file.relative_to(settings.out)) for file in files]})
     return files
 
 

@@ -14,13 +14,14 @@ import jax
 from entangle import training
 from entangle.errors import NonFiniteError, UserError
 from entangle.training import RunFolder
+from entangle.training.run_folder import one_at_a_time
 from entangle.types import Params
 from experiments import stages, trial_data
 from experiments.base_models import base_model
 from experiments.pair_config import identity
 from experiments.sentiment_data import Materials
 from experiments.sweep import Trial, folder_of, mark_failed, waiting
-from experiments.sweep.trials import fingerprint
+from experiments.sweep.trials import FAILED, fingerprint
 from experiments.sweep_config import Packing
 from experiments.trial_config import TrialConfig, base_fingerprint, data_fingerprint, start_fingerprint
 
@@ -61,8 +62,7 @@ def prepare(out: Path, trials: Sequence[TrialOf], tracker: stages.TrackerFactory
       NonFiniteError: see ``training.train``.
     """
     for same in _by(trials, lambda trial: data_fingerprint(trial.config)):
-        ground = _ground(out, same[0].config, tracker)
-        _starts(out, same, ground, tracker)
+        _made(out, same, tracker)
 
 
 def run(out: Path, trials: Sequence[TrialOf], tracker: stages.TrackerFactory, packing: Packing = Packing()) -> None:
@@ -81,8 +81,7 @@ def run(out: Path, trials: Sequence[TrialOf], tracker: stages.TrackerFactory, pa
       UserError: bad input; a folder holds another run.
     """
     for same in _by(waiting(out, trials), lambda trial: data_fingerprint(trial.config)):
-        ground = _ground(out, same[0].config, tracker)
-        starts = _starts(out, same, ground, tracker)
+        ground, starts = _made(out, same, tracker)
         for group in groups(out, same):
             _run_group(out, group, ground, starts, tracker, packing)
 
@@ -151,6 +150,7 @@ def _locked(
                 continue
             if folder.done:
                 continue
+            (folder.path / FAILED).unlink(missing_ok=True)
             mine.append(trial)
             made = _tracker(tracker, folder, config)
             runs.append(stages.TrialRun(folder, starts[key], trial.config.seed, made))
@@ -200,6 +200,13 @@ def _memory() -> int:
         return int(0.6 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // jax.local_device_count()
     except (ValueError, OSError):
         return 0
+
+
+def _made(out: Path, trials: Sequence[TrialOf], tracker: stages.TrackerFactory) -> tuple[_Ground, dict[str, Params]]:
+    """What trials on the same pairs start from; made by the first process that comes, others wait for it."""
+    with one_at_a_time(out / STARTS):
+        ground = _ground(out, trials[0].config, tracker)
+        return ground, _starts(out, trials, ground, tracker)
 
 
 def _ground(out: Path, config: TrialConfig, tracker: stages.TrackerFactory) -> _Ground:

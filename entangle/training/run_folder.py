@@ -18,7 +18,7 @@ from entangle.errors import UserError
 
 CONFIG, ENVIRONMENT, METRICS, DONE = "config.json", "environment.json", "metrics.jsonl", "done.json"
 LOCK = ".lock"
-BEFORE_CONFIG = (ENVIRONMENT, f"{ENVIRONMENT}.partial", f"{CONFIG}.partial")
+BEFORE_CONFIG = (ENVIRONMENT, f"{ENVIRONMENT}.partial", f"{CONFIG}.partial", LOCK)
 """What a start that was killed may have left: the configuration is written last."""
 PACKAGES = ("entangle", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "grain")
 
@@ -189,6 +189,31 @@ class RunFolder:
         partial = self.path / f"{METRICS}.partial"
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         partial.replace(self.path / METRICS)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process is inside of this with the same folder; made with its parents.
+
+    The lock dies with its process, however that ends.
+
+    Raises:
+      UserError: the folder cannot be made.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from entangle.training.run_folder import one_at_a_time
+      >>> with one_at_a_time(pathlib.Path(tempfile.mkdtemp())):
+      ...     pass
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def check_folder(path: Path, config: Mapping[str, Any]) -> None:

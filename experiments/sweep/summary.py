@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from entangle.errors import UserError
-from entangle.training.run_folder import CONFIG, DONE
+from entangle.training.run_folder import CONFIG, DONE, write_text
 from experiments.command_line import leaves
 from experiments.sweep.trials import FAILED, TRIALS, Status, status
 
@@ -36,7 +36,7 @@ def read_trials(out: Path) -> list[dict[str, Any]]:
       []
     """
     folder = out / TRIALS
-    return [_read(path) for path in sorted(folder.iterdir())] if folder.is_dir() else []
+    return [_read(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -72,9 +72,7 @@ def write(out: Path) -> Path:
     writer = csv.DictWriter(text, list(table[0]) if table else ["trial"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
-    partial = out / f"{FILE}.partial"
-    partial.write_text(text.getvalue(), encoding="utf-8")
-    partial.replace(out / FILE)
+    write_text(out / FILE, text.getvalue())
     return out / FILE
 
 

@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from entangle.errors import UserError
 from entangle.training import RunFolder, write_json
-from entangle.training.run_folder import CONFIG, DONE
+from entangle.training.run_folder import CONFIG, DONE, check_folder, one_at_a_time
 from experiments.sweep.overrides import Overrides, override
 
 Config = TypeVar("Config")
@@ -98,7 +98,10 @@ def open_sweep(out: Path, kind: str, base: Mapping[str, Any]) -> RunFolder:
     Raises:
       UserError: it is another experiment's, or one of another base configuration.
     """
-    return RunFolder(out, {"kind": kind, "base": base})
+    config = {"kind": kind, "base": base}
+    check_folder(out, config)
+    with one_at_a_time(out):  # several shares of a sweep may begin at once
+        return RunFolder(out, config)
 
 
 def status(folder: Path) -> Status:
