@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from entangle import data, losses, training
 from entangle.errors import NonFiniteError
@@ -162,7 +162,7 @@ class TrialsProgram(NamedTuple):
       step: jitted; probe, numbers, stacked state and batch to the same as a single step's, stacked.
       score: as in ``PreferenceProgram``, of one trial.
       diagnose: jitted; held-out and training pairs, then stacked: numbers, params, both splits' references, memory.
-      devices: that share the trials.
+      mesh: whose devices share the trials; None for one device.
     """
 
     stage: StageConfig
@@ -172,7 +172,12 @@ class TrialsProgram(NamedTuple):
     step: Any
     score: Callable[[Params, PairBatch], jax.Array]
     diagnose: Callable[..., dict[str, jax.Array]]
-    devices: int
+    mesh: Mesh | None = None
+
+    @property
+    def devices(self) -> int:
+        """That share the trials."""
+        return 1 if self.mesh is None else self.mesh.shape[training.TRIAL_AXIS]
 
 
 def trials_program(
@@ -202,7 +207,6 @@ def trials_program(
     """
     selection = losses.Selection(objectives)
     fixed = [losses.get_objective(name, **given) for name, given in objectives]
-    devices = 1 if mesh is None else mesh.shape[training.TRIAL_AXIS]
     numbers = Numbers(
         selection.choices,
         jnp.asarray(learning_rates, jnp.float32),
@@ -239,7 +243,7 @@ def trials_program(
         jax.jit(training.map_trials(step, mesh=mesh, side_by_side=side_by_side)),
         jax.jit(one.score),
         jax.jit(training.map_trials(diagnose, mesh=mesh, side_by_side=1)),
-        devices,
+        mesh,
     )
 
 
@@ -473,6 +477,7 @@ def prefer_trials(
     """
     train, held_out = (PairBatch(jnp.asarray(s.tokens), jnp.asarray(s.completion_mask)) for s in pairs)
     count, stage = min(len(held_out.tokens), len(train.tokens)), program.stage
+    sharding = training.trials.trial_sharding(program.mesh)
     starts = {id(run.start): run.start for run in runs}
     scored = {
         key: [np.asarray(program.score(start, split)) for split in (train, held_out)] for key, start in starts.items()
@@ -480,7 +485,7 @@ def prefer_trials(
     of_train, of_held_out = zip(*(scored[id(run.start)] for run in runs), strict=True)
 
     def stack(parts: Sequence[Any]) -> Any:
-        return jax.tree.map(jnp.asarray, training.trials.stacked(parts, program.devices))
+        return jax.device_put(training.trials.stacked(parts, program.devices), sharding)
 
     references = (stack(of_held_out), stack([reference[:count] for reference in of_train]))
     numbers = stack([training.trials.trial(program.numbers, place) for place in range(len(runs))])
@@ -510,7 +515,7 @@ def prefer_trials(
         trackers=[run.tracker for run in runs],
         label=f"preference, {len(runs)} {'trial' if len(runs) == 1 else 'trials'}",
         sources=pairs.train.sources,
-        devices=program.devices,
+        mesh=program.mesh,
     )
 
 
@@ -526,8 +531,11 @@ def memory_of_step(program: TrialsProgram, start: Params, pairs: PreferenceData,
     """
     count += -count % program.devices
 
-    def many(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, *jnp.shape(leaf)), jnp.result_type(leaf))
+    def many(leaf: Any, sharding: Sharding | None = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, *jnp.shape(leaf)), jnp.result_type(leaf), sharding=sharding)
+
+    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
+        return many(leaf, training.trials.trial_sharding(program.mesh))
 
     def rows(number: int) -> PairBatch:
         tokens, mask = (jax.ShapeDtypeStruct((number, *x.shape[1:]), x.dtype) for x in pairs.train[:2])
@@ -538,7 +546,8 @@ def memory_of_step(program: TrialsProgram, start: Params, pairs: PreferenceData,
     examples = PreferenceExamples(rows(size), jax.ShapeDtypeStruct((size, 2), jnp.float32))  # type: ignore[arg-type]
     probe = rows(probe_pairs) if probe_pairs else None
     numbers = training.trials.trial(program.numbers, 0)
-    lowered = program.step.lower(probe, *(jax.tree.map(many, tree) for tree in (numbers, state, examples)))
+    numbers, state = jax.tree.map(placed, (numbers, state))
+    lowered = program.step.lower(probe, numbers, state, jax.tree.map(many, examples))  # as prefer_trials will call it
     found = lowered.compile().memory_analysis()
     return int(found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes)
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, Sharding
 from tqdm import tqdm
 
 from entangle.errors import NonFiniteError, UserError
@@ -32,6 +33,11 @@ class _Layout(NamedTuple):
 
     join: Callable[[Sequence[Any]], Any]
     part: Callable[[Any, int], Any]
+    sharding: Sharding | None = None
+
+    def placed(self, state: TrainState) -> TrainState:
+        """The state where it will lie after the first step, too: else the second step would be compiled again."""
+        return jax.device_put(state, self.sharding or jax.tree.map(lambda leaf: jnp.asarray(leaf).sharding, state))
 
 
 _ALONE = _Layout(lambda trees: trees[0], lambda tree, place: tree)
@@ -214,7 +220,7 @@ def train_trials(
     trackers: Sequence[Callable[[], Tracker]] | None = None,
     label: str = "",
     sources: Sequence[str] | None = None,
-    devices: int = 1,
+    mesh: Mesh | None = None,
 ) -> list[TrainState | NonFiniteError]:
     """Train several runs in one program, each as ``train`` would: with a folder, metrics and checkpoints of its own.
 
@@ -231,7 +237,7 @@ def train_trials(
       trackers: make the mirrors of the metrics.
       label: what the progress bar says.
       sources: where each example came from, by index.
-      devices: the last trial is repeated until their number is a multiple of this.
+      mesh: the one that the step's ``map_trials`` has; the last trial is repeated until its devices have as many each.
 
     Returns:
       Final states, or what stopped a run.
@@ -260,7 +266,8 @@ def train_trials(
       >>> bool(fast.params[1] > slow.params[1]), [run.done for run in runs]
       (True, [True, True])
     """
-    layout = _Layout(functools.partial(trials.stacked, multiple=devices), trials.trial)
+    devices = 1 if mesh is None else mesh.shape[trials.AXIS]
+    layout = _Layout(functools.partial(trials.stacked, multiple=devices), trials.trial, trials.trial_sharding(mesh))
     mirrors = trackers or [NoTracker] * len(runs)
     return _train(runs, states, batches, mirrors, step_fn, stage, evaluate, label, sources, layout)
 
@@ -298,7 +305,7 @@ def _train(
             return ends
         if len({int(state.step) for state in begun}) > 1:  # type: ignore[union-attr]
             raise ValueError("runs of one program begin at one step")
-        state = layout.join(begun)
+        state = layout.placed(layout.join(begun))
         recorder = _Recorder(list(runs.values()), layout, sources)
         for run in recorder.runs:
             # step 0 has an evaluation, which is made again too

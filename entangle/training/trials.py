@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 AXIS = "trial"
@@ -59,6 +59,17 @@ def trial_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
       ('trial',)
     """
     return Mesh(np.asarray(jax.devices() if devices is None else devices), (AXIS,))
+
+
+def trial_sharding(mesh: Mesh | None = None) -> Sharding:
+    """How stacked trees lie: the trials spread over the mesh's devices, or all on the one device.
+
+    Example:
+      >>> from entangle import training
+      >>> training.trials.trial_sharding(training.trial_mesh()).spec
+      PartitionSpec('trial',)
+    """
+    return SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P(AXIS))
 
 
 def map_trials(

@@ -89,9 +89,7 @@ def test_each_is_what_it_is_alone(tmp_path, side_by_side):
             np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=1e-5, atol=1e-6)
 
 
-def test_the_last_one_repeated_fills_the_devices_and_leaves_no_trace(tmp_path):
-    ends = train(folders(tmp_path), rates=(*RATES,), devices=1)
-    assert len(ends) == 3
+def test_stacking_repeats_the_last_one_until_the_devices_are_full():
     assert stacked([{"x": np.zeros(1)}] * 3, 2)["x"].shape == (4, 1)
     assert trial(stacked([{"x": np.arange(2)}]), 0)["x"].tolist() == [0, 1]
 
