@@ -31,14 +31,11 @@ from entangle.training.run_folder import DONE
 from experiments import command_line, theory_figures, theory_report, theory_rows
 from experiments.theory_config import TheoryConfig, check, identity, presets
 from experiments.theory_measure import measure_all
+from experiments.theory_points import HEAD, RANDOM, STEPPED
 from experiments.theory_setups import Point
 
-HEAD: dict[str, Any] = {"setup": "last_token", "vocabulary": 16}
 HEAD_SCALES = (0.5, 2.0, 8.0)
 SPREADS = (0.0, 0.1, 0.5, 2.0)
-RANDOM = {"setup": "random", "prefix": 1, "suffix": 3}
-STEPPED = 8
-"""Suffix length at which the toy's step is swept."""
 REPEATED = 4
 """Prefix length at which the rejected token is repeated in the prefix."""
 
@@ -76,24 +73,24 @@ def _theorem_1(settings: TheoryConfig) -> Iterator[dict[str, Any]]:
         yield {"setup": "uniform", "vocabulary": vocabulary, "tokens": tokens, "seed": seed, "bits": bits}
     for scale, seed in itertools.product(HEAD_SCALES, range(settings.seeds)):
         for step in (config().step, *settings.steps):
-            yield HEAD | {"prefix": 0, "scale": scale, "seed": seed, "step": step}
+            yield {**HEAD, "prefix": 0, "scale": scale, "seed": seed, "step": step}
 
 
 def _corollary(settings: TheoryConfig) -> Iterator[dict[str, Any]]:
     for scale, seed in itertools.product((0.0, 2.0), range(settings.seeds)):
         for prefix, overlap in itertools.product(settings.prefixes, settings.overlaps):
-            yield HEAD | {"scale": scale, "seed": seed, "prefix": prefix, "overlap": overlap, "position": prefix}
+            yield {**HEAD, "scale": scale, "seed": seed, "prefix": prefix, "overlap": overlap, "position": prefix}
         prefix, overlap = max(settings.prefixes), max(settings.overlaps)
         for step in settings.steps:
-            point = HEAD | {"scale": scale, "seed": seed, "prefix": prefix, "overlap": overlap}
+            point = {**HEAD, "scale": scale, "seed": seed, "prefix": prefix, "overlap": overlap}
             yield point | {"position": prefix, "step": step}
     for repeats, seed in itertools.product(range(1, REPEATED + 1), range(settings.seeds)):
-        yield HEAD | {"scale": 0.0, "seed": seed, "prefix": REPEATED, "overlap": 0.9, "repeats": repeats}
+        yield {**HEAD, "scale": 0.0, "seed": seed, "prefix": REPEATED, "overlap": 0.9, "repeats": repeats}
 
 
 def _theorem_3(settings: TheoryConfig) -> Iterator[dict[str, Any]]:
     for spread, seed, position in itertools.product(SPREADS, range(settings.seeds), range(5)):
-        yield RANDOM | {"spread": spread, "seed": seed, "position": position}
+        yield {**RANDOM, "spread": spread, "seed": seed, "position": position}
 
 
 def _toy(settings: TheoryConfig) -> Iterator[dict[str, Any]]:
@@ -110,9 +107,9 @@ def _steps(settings: TheoryConfig) -> Iterator[dict[str, Any]]:
     for step, bits in itertools.product(settings.steps, (64, 32)):
         yield {"suffix": STEPPED, "step": step, "bits": bits}
         for seed in range(settings.seeds):
-            yield RANDOM | {"spread": SPREADS[2], "seed": seed, "step": step, "bits": bits}
+            yield {**RANDOM, "spread": SPREADS[2], "seed": seed, "step": step, "bits": bits}
             if bits == 32:  # in float64 it is in the sweep of Theorem 1
-                yield HEAD | {"prefix": 0, "scale": HEAD_SCALES[1], "seed": seed, "step": step, "bits": bits}
+                yield {**HEAD, "prefix": 0, "scale": HEAD_SCALES[1], "seed": seed, "step": step, "bits": bits}
 
 
 def run(settings: TheoryConfig) -> list[Path]:

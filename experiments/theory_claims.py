@@ -104,15 +104,15 @@ def _theorem_1(rows: Sequence[Row]) -> list[Verdict]:
 def _corollary(rows: Sequence[Row]) -> list[Verdict]:
     even, any_head = last_token(rows, 0.0), last_token(rows, 2.0)
     both = Part([*even, *any_head])
-    stepped = [row for row in rows if row["setup"] == "last_token" and row["position"] >= 0]
+    moved = [row for row in rows if row["setup"] == "last_token" and row["position"] >= 0]
     whole = np.max([both.off(f"first_order_{side}", side) for side in SIDES], 0)
     return [
         Verdict(
             "responses equal but for their last token, any head: that token's own log-probability rises if chosen and falls "
             "if rejected, under a step of any size",
             "Corollary",
-            judge(ideal(stepped, "position_"), "point"),
-            _share(ideal(stepped, "position_")),
+            judge(ideal(moved, "position_"), "point"),
+            _share(ideal(moved, "position_")),
         ),
         Verdict(
             "the whole responses, uniform model, neither token in the prefix: ideal under a small step",

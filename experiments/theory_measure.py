@@ -89,7 +89,7 @@ def _measure(points: list[Point], problems: list[Problem]) -> list[Row]:
     d_w, d_l = _coefficients(points, before, np.asarray(pairs.mask).sum(-1))
     largest = np.maximum(abs(d_w), abs(d_l))
     rates = np.array([point.step for point in points]) / np.where(largest > 0, largest, 1)
-    positions = jnp.asarray([point.position for point in points], jnp.int32)
+    positions = jnp.asarray([point.position for point in points])
     found = jax.jit(jax.vmap(_step))(
         params, pairs, positions, *(jnp.asarray(x, params.dtype) for x in (d_w, d_l, rates))
     )

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from experiments.theory_rows import Row, column, pick, values
 
 SIDES = ("chosen", "rejected")
+HEAD: Mapping[str, Any] = MappingProxyType({"setup": "last_token", "vocabulary": 16})
+"""What all points of a drawn head share."""
+RANDOM: Mapping[str, Any] = MappingProxyType({"setup": "random", "prefix": 1, "suffix": 3})
+"""What all points of drawn logits share."""
+STEPPED = 8
+"""Suffix length at which the toy's step is swept."""
 
 
 def uniform(rows: Sequence[Row], bits: int = 64) -> list[Row]:
@@ -19,12 +27,12 @@ def uniform(rows: Sequence[Row], bits: int = 64) -> list[Row]:
 
 def single(rows: Sequence[Row]) -> list[Row]:
     """Single tokens under any head, steps of all sizes."""
-    return pick(rows, "scale", "seed", "step", setup="last_token", vocabulary=16, prefix=0)
+    return pick(rows, "scale", "seed", "step", **HEAD, prefix=0)
 
 
 def last_token(rows: Sequence[Row], scale: float) -> list[Row]:
     """The corollary's points at the small step; scale 0 is the uniform model."""
-    found = pick(rows, "seed", "prefix", "overlap", "position", setup="last_token", vocabulary=16, scale=scale)
+    found = pick(rows, "seed", "prefix", "overlap", "position", **HEAD, scale=scale)
     return [row for row in found if row["position"] == row["prefix"]]
 
 
@@ -35,7 +43,7 @@ def repeated(rows: Sequence[Row]) -> list[Row]:
 
 def positions(rows: Sequence[Row]) -> list[Row]:
     """Theorem 3's points: one position each, of random logits."""
-    found = pick(rows, "seed", "spread", "position", setup="random", prefix=1, suffix=3)
+    found = pick(rows, "seed", "spread", "position", **RANDOM)
     return [row for row in found if row["position"] >= 0]
 
 
@@ -70,7 +78,14 @@ def ratio(part: Sequence[Row]) -> np.ndarray:
 
 
 def first(holds: np.ndarray, rows: Sequence[Row]) -> int | None:
-    """The first suffix length from which on something holds, if it does at the longest."""
+    """The first suffix length from which on something holds, if it does at the longest.
+
+    Example:
+      >>> import numpy as np
+      >>> from experiments.theory_points import first
+      >>> first(np.array([True, False, True]), [{"suffix": 0}, {"suffix": 1}, {"suffix": 2}])
+      2
+    """
     misses = np.flatnonzero(~holds)
     start = int(misses[-1]) + 1 if misses.size else 0
     return int(rows[start]["suffix"]) if start < len(rows) else None
@@ -94,14 +109,22 @@ def step_errors(rows: Sequence[Row], order: int) -> dict[float, np.ndarray]:
     Args:
       rows: points that differ in step and seed.
       order: 1 or 2, that the prediction goes to.
+
+    Example:
+      >>> from experiments.theory_points import step_errors
+      >>> row = {f"{kind}_{side}": 1.0 for kind in ("theory", "realised") for side in ("chosen", "rejected")}
+      >>> {step: errors.tolist() for step, errors in step_errors([row | {"step": 0.1, "realised_chosen": 3.0}], 1).items()}
+      {0.1: [0.2, 0.0]}
     """
     found = {}
     for step in values(rows, "step"):
         here = [row for row in rows if row["step"] == step]
         errors = []
         for side in SIDES:
-            predicted = column(here, f"theory_{side}") + (order - 1) * step * column(here, f"theory_second_{side}")
-            errors.append(step * np.abs(column(here, f"realised_{side}") - predicted))
+            beyond = column(here, f"realised_{side}") - column(here, f"theory_{side}")
+            if order == 2:
+                beyond = beyond - step * column(here, f"theory_second_{side}")
+            errors.append(step * np.abs(beyond))
         found[step] = np.concatenate(errors)
     return found
 
@@ -109,12 +132,8 @@ def step_errors(rows: Sequence[Row], order: int) -> dict[float, np.ndarray]:
 def stepped(rows: Sequence[Row], bits: int = 64) -> dict[str, list[Row]]:
     """Points whose step is swept, by what they are called."""
     found = {
-        "one token, any head": pick(
-            rows, "seed", "step", setup="last_token", vocabulary=16, prefix=0, scale=2.0, bits=bits
-        ),
-        "random logits, suffix 3": pick(
-            rows, "seed", "step", setup="random", prefix=1, suffix=3, spread=0.5, bits=bits
-        ),
-        "toy, suffix 8": pick(rows, "step", suffix=8, bits=bits),
+        "one token, any head": pick(rows, "seed", "step", **HEAD, prefix=0, scale=2.0, bits=bits),
+        "random logits, suffix 3": pick(rows, "seed", "step", **RANDOM, spread=0.5, bits=bits),
+        f"toy, suffix {STEPPED}": pick(rows, "step", suffix=STEPPED, bits=bits),
     }
     return {name: [row for row in part if row["step"] > 1e-5] for name, part in found.items()}

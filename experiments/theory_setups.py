@@ -140,7 +140,7 @@ class Problem(NamedTuple):
 
 
 def _responses(tokens: np.ndarray, differs: int, contrast: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    both = np.stack([tokens, tokens]).astype(np.int32)
+    both = np.stack([tokens, tokens])
     both[:, differs] = contrast
     return both, np.ones(both.shape, bool)
 
