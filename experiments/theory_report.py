@@ -107,11 +107,11 @@ def _corollary(rows: Sequence[Row]) -> str:
         keys = dict.fromkeys((row["prefix"], row["overlap"]) for row in last_token(rows, scale))
         for prefix, overlap in sorted(keys):
             some = [r for r in last_token(rows, scale) if (r["prefix"], r["overlap"]) == (prefix, overlap)]
-            lines.append([name, f"{prefix:g}", f"{overlap:g}", "0", *_moves(some)])
+            lines.append([name, f"{prefix:g}", "0", f"{overlap:g}", *_moves(some)])
     for count in values(repeated(rows), "repeats"):
         some = [row for row in repeated(rows) if row["repeats"] == count]
-        lines.append(["uniform", f"{some[0]['prefix']:g}", f"{some[0]['overlap']:g}", f"{count:g}", *_moves(some)])
-    head = ["model", "prefix tokens", "cosine of hidden states", "of them the rejected token", "chosen rises"]
+        lines.append(["uniform", f"{some[0]['prefix']:g}", f"{count:g}", f"{some[0]['overlap']:g}", *_moves(some)])
+    head = ["model", "prefix tokens", "of them the rejected token", "cosine of hidden states", "chosen rises"]
     return _section("The corollary", COROLLARY, [*head, "rejected falls"], lines, _large_steps(rows))
 
 
@@ -127,10 +127,11 @@ def _large_steps(rows: Sequence[Row]) -> str:
         step: (column([r for r in found if r["step"] == step], "realised_chosen") > 0).mean()
         for step in values(found, "step")
     }
-    listed = ", ".join(f"{share:.0%} at C = {step:g}" for step, share in shares.items())
+    smaller = [step for step, share in shares.items() if share < 1]
+    listed = [f"{shares[step]:.0%} at C = {step:g}" for step in smaller] or [f"all up to C = {max(shares):g}"]
     return (
         "That the uniform model's whole response is ideal holds to first order only, unlike what the last token does: with "
-        f"{found[0]['prefix']:g} prefix tokens and cosine {found[0]['overlap']:g} the chosen one rises in {listed}."
+        f"{found[0]['prefix']:g} prefix tokens and cosine {found[0]['overlap']:g} the chosen one rises in {', '.join(listed)}."
     )
 
 
