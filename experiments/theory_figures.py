@@ -144,7 +144,7 @@ def _suffix(rows: Sequence[Row], path: Path) -> Path:
 
 
 def _crossing(rows: Sequence[Row], path: Path) -> Path:
-    figure, (axes,) = _panels(1, 5.4)
+    figure, (axes,) = _panels(1, 5.8, 3.8)
     longest = max(row["suffix"] for row in toy(rows))
     gaps, table = values(pick(rows, "suffix", "gap"), "gap"), []
     sides = ((1, *SIDES["chosen"], "o", "chosen falls"), (-1, *SIDES["rejected"], "s", "rejected rises"))
@@ -159,7 +159,7 @@ def _crossing(rows: Sequence[Row], path: Path) -> Path:
     axes.axvline(0, color="black", linewidth=0.6)
     axes.set(ylim=(0, max(1, longest) * 1.05), ylabel="suffix tokens")
     axes.set_xlabel("nats by which the suffix token's logit is higher in the chosen context")
-    axes.legend(fontsize=8, loc="upper right")
+    _below(figure, axes, 2)
     axes.set_title("The toy: from which suffix length on both sides move together", fontsize=9)
     plotting.write_csv(path.with_suffix(".csv"), ("gap", "what", "predicted", "first_measured"), table)
     return plotting.save(figure, path)
