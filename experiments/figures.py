@@ -27,6 +27,7 @@ REDRAW: Mapping[str, str] = MappingProxyType(
         "single_token": "experiments.single_token:redraw",
         "one_step": "experiments.one_step_report:redraw",
         "margin_objectives": "experiments.margin_report:redraw",
+        "theory": "experiments.theory:redraw",
     }
 )
 """Kind of experiment, as config.json has it -> ``module:function``, which takes the experiment's folder, writes figures and

@@ -197,8 +197,13 @@ def _pictures(runs: Runs, out: Path) -> str:
     return "\n\n".join(["## Figures", *(f"![{name}](figures/{name}.png)" for name in names)])
 
 
-def provenance(out: Path) -> str:
-    """The report's last section: commit, versions, devices."""
+def provenance(out: Path, rows: str = "metrics.jsonl with every step of each run") -> str:
+    """The report's last section: commit, versions, devices.
+
+    Args:
+      out: the experiment's folder.
+      rows: what its folder has beside the configuration.
+    """
     environments = read_json(out / "environment.json")
     environment = environments[-1]
     more = f" (the last of {len(environments)} environments)" if len(environments) > 1 else ""
@@ -208,5 +213,5 @@ def provenance(out: Path) -> str:
         "## Where this comes from\n\n"
         f"Commit {environment['git_commit']}{changed}{more}; {packages}; Python {environment['python']}; "
         f"devices {', '.join(environment['devices'])}. The plotted "
-        "numbers are in figures/*.csv; the run's own folder has config.json, and metrics.jsonl with every step of each run."
+        f"numbers are in figures/*.csv; the run's own folder has config.json, and {rows}."
     )
