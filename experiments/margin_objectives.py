@@ -19,7 +19,6 @@ from entangle import losses
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, StageConfig
 from experiments import command_line, sweep_runs
-from experiments.pair_config import NOT_EVALUATED
 from experiments.sweep import Overrides, product
 from experiments.sweep_config import SweepConfig
 from experiments.trial_config import TrialConfig
@@ -146,8 +145,7 @@ def run(settings: MarginObjectivesConfig) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: ``python -m experiments.margin_objectives --help``."""
     settings = command_line.parse(presets(), arguments, description=(__doc__ or "").split("\n")[0])
-    flags, why = NOT_EVALUATED
-    command_line.refuse_unused(settings, presets()[settings.preset], [f"trial.{flag}" for flag in flags], why)
+    sweep_runs.refuse_unused(settings, presets()[settings.preset], ("objective", "seed"))
     command_line.name_files(run(settings))
 
 

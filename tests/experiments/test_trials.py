@@ -16,7 +16,7 @@ from experiments import figures, margin_objectives, stages, trial_data, trial_ru
 from experiments.pair_config import identity
 from experiments.sweep import Status, folder_of, plan, product, status
 from experiments.sweep_config import Packing
-from experiments.trial_config import TrialConfig, start_fingerprint
+from experiments.trial_config import TrialConfig, base_fingerprint, start_fingerprint
 
 FEW = {"batch_size": 4, "checkpoint_every": 2, "log_every": 2}
 CONFIG = TrialConfig(
@@ -295,6 +295,8 @@ def test_shares_together_are_the_sweep(tmp_path, monkeypatch):
         (["--preset", "hh-rlhf"], "name the data with --trial.data"),
         (["--seeds", "0"], "--seeds: at least one is needed"),
         (["--part", "4/3"], "I/N is needed"),
+        (["--trial.objective", "ipo"], "--trial.objective ipo has no effect: the sweep sets it itself"),
+        (["--trial.data", "x.jsonl", "--trial.pair-set", "long_suffix"], "--trial.pair-set long_suffix has no effect"),
         (["--packing.most", "-1"], "--packing.most -1: 0 or more"),
     ],
 )
@@ -302,3 +304,21 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(fail, tmp_path, words, me
     out = tmp_path / "out"
     assert message in fail(["--preset", "smoke", "--no-track", "--out", str(out), *words], margin_objectives.main)
     assert not out.exists()
+
+
+def test_a_base_model_reads_what_a_preference_file_prefers_and_nothing_held_out(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    lines = [{"prompt": f"ask {n}:", "chosen": f" good{n}", "rejected": f" bad{n}"} for n in range(64)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    few = {"train_pairs": 40, "held_out_pairs": 4, "probe_pairs": 2, "vocab_size": 300, "max_length": 16}
+    config = dataclasses.replace(CONFIG, data=str(file), **few)
+    materials = trial_data.gather(config)
+    pairs = materials.pairs[trial_data.name_of_pairs(config)]
+    assert (len(pairs.train.tokens), len(pairs.held_out.tokens)) == (40, 4)
+    end, held_out = materials.tokenizer.eos_id, {source.rsplit(":", 1)[1] for source in pairs.held_out.sources}
+    cuts = np.flatnonzero(materials.text == end)
+    read = {materials.tokenizer.decode(part[part != end].tolist()) for part in np.split(materials.text, cuts)}
+    assert len(read - {""}) == 40
+    assert read - {""} <= {f"ask {n}: good{n}" for n in range(64) if str(n + 1) not in held_out}
+    assert materials.checkpoint is None
+    assert base_fingerprint(config) != base_fingerprint(dataclasses.replace(config, train_pairs=30))
