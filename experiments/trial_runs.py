@@ -22,9 +22,8 @@ from experiments.sentiment_data import Materials
 from experiments.sweep import Trial, folder_of, mark_failed, waiting
 from experiments.sweep.trials import fingerprint
 from experiments.sweep_config import Packing
-from experiments.trial_config import TrialConfig, base_fingerprint, data_fingerprint, start_fingerprint
+from experiments.trial_config import STARTS, TrialConfig, base_fingerprint, data_fingerprint, start_fingerprint
 
-STARTS = "starts"
 NUMBERS = ("objective", "objective_args", "seed")
 """Fields that are numbers of a program, beside the preference stage's learning rate."""
 
