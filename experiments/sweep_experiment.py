@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from entangle.errors import UserError
 from entangle.training import OptimizerConfig, StageConfig
 from experiments import command_line
 from experiments.pair_config import NOT_EVALUATED
+from experiments.sweep import Overrides, product
 from experiments.sweep_config import SweepConfig
 from experiments.trial_config import TrialConfig
 
@@ -60,6 +61,23 @@ def presets(laptop: Settings, **smoke: Any) -> dict[str, Settings]:
     found["tweets"] = dataclasses.replace(laptop, trial=tweets)
     found["hh-rlhf"] = dataclasses.replace(laptop, trial=dataclasses.replace(tweets, max_length=256))
     return {name: dataclasses.replace(settings, preset=name) for name, settings in found.items()}
+
+
+def by_pair_set(settings: SweepConfig, pair_sets: Sequence[str]) -> Iterator[Overrides]:
+    """Pair set by seed; seeds alone on a preference file, which has its own pairs.
+
+    Args:
+      settings: the configuration.
+      pair_sets: as --trial.pair-set takes them.
+
+    Example:
+      >>> from experiments.sweep_config import SweepConfig
+      >>> from experiments.sweep_experiment import by_pair_set
+      >>> [list(point.values()) for point in by_pair_set(SweepConfig(seeds=2), ["tweets", "single_token"])]
+      [['tweets', 0], ['tweets', 1], ['single_token', 0], ['single_token', 1]]
+    """
+    sets = {} if settings.trial.from_file else {"pair_set": pair_sets}
+    return product(sets, {"seed": range(settings.seeds)})
 
 
 def need(settings: SweepConfig, *names: str) -> None:

@@ -25,6 +25,7 @@ class TrialConfig(CorpusSettings):
       held_out: a second preference file to evaluate on; without it every eighth prompt is held out.
       sft_first: whether SFT on the chosen responses comes before; else the base model is start and reference.
       seed: order of the SFT and preference batches.
+      layers: whether evaluations also tell the geometry of every layer.
     """
 
     model: str = "tiny"
@@ -32,6 +33,7 @@ class TrialConfig(CorpusSettings):
     held_out: str = ""
     sft_first: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
     seed: int = 0
+    layers: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     @property
     def from_file(self) -> bool:

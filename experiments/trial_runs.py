@@ -125,6 +125,7 @@ def _program(pack: Sequence[TrialOf], ground: _Ground, packing: Packing) -> stag
         [trial.config.preference.optimizer.learning_rate for trial in pack],
         training.pair_chain(config.pair_chain, **config.pair_chain_args),
         changes=config.changes,
+        layers=config.layers,
         eval_batch=config.eval_batch,
         mesh=training.trial_mesh(jax.devices()[:devices]) if devices > 1 else None,
         side_by_side=packing.side_by_side or None,
