@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from experiments.sweep_config import SweepConfig
 from experiments.trial_config import TrialConfig
 
 Redraw = Callable[[Path], list[Path]]
+Measure = Callable[[Path, Sequence[Trial[TrialConfig]]], None]
 
 
-def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], redraw: Redraw) -> list[Path]:
+def run(
+    settings: SweepConfig, kind: str, points: Iterable[Overrides], redraw: Redraw, measure: Measure | None = None
+) -> list[Path]:
     """Run or continue a sweep.
 
     Args:
@@ -26,6 +29,7 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], redraw: R
       kind: of experiment, part of the folder's identity.
       points: the sweep: overrides of ``settings.trial``.
       redraw: the sweep's folder to the files that a reader wants, made from the run folders alone.
+      measure: the sweep's folder and its trials that are done to files in the trials' folders, before these are drawn.
 
     Returns:
       These files; none where trials are left to other shares or processes.
@@ -53,6 +57,8 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], redraw: R
         files = json.loads((settings.out / "done.json").read_text(encoding="utf-8"))["files"]
         if all((settings.out / file).exists() for file in files):
             return [settings.out / file for file in files]
+    if measure is not None:
+        measure(settings.out, [t for t, now in zip(trials, standing, strict=True) if now is Status.DONE])
     files = [summaries.write(settings.out), *redraw(settings.out)]
     folder.mark_done({"files": [str(file.relative_to(settings.out)) for file in files]})
     return files

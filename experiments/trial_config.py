@@ -20,8 +20,8 @@ class TrialConfig(CorpusSettings):
     Attributes:
       data: "embedded" (the package's grammar), a folder in TweetEval's layout, "sentiment140" (through TFDS), or a
         preference file (.jsonl or .jsonl.gz).
-      pair_set: single_token, short_suffix, long_suffix or tweets (whole tweets of either label); a preference file has its
-        own pairs.
+      pair_set: single_token, short_suffix, long_suffix, tweets (whole tweets of either label) or spliced (the same, with first
+        words in common); a preference file has its own pairs.
       held_out: a second preference file to evaluate on; without it every eighth prompt is held out.
       sft_first: whether SFT on the chosen responses comes before; else the base model is start and reference.
       seed: order of the SFT and preference batches.

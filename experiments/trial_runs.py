@@ -13,6 +13,7 @@ import jax
 
 from entangle import training
 from entangle.errors import NonFiniteError, UserError
+from entangle.models import LanguageModel
 from entangle.training import RunFolder
 from entangle.types import Params
 from experiments import stages, trial_data
@@ -84,6 +85,48 @@ def run(out: Path, trials: Sequence[TrialOf], tracker: stages.TrackerFactory, pa
         starts = _starts(out, same, ground, tracker)
         for group in groups(out, same):
             _run_group(out, group, ground, starts, tracker, packing)
+
+
+class Models(NamedTuple):
+    """What a finished trial began with and ended with.
+
+    Attributes:
+      model: the policy.
+      pairs: both splits.
+      start: parameters of its start, which is its reference.
+      end: parameters after the last step.
+    """
+
+    model: LanguageModel
+    pairs: stages.PreferenceData
+    start: Params
+    end: Params
+
+
+def finished(out: Path, trials: Sequence[TrialOf]) -> Iterator[tuple[TrialOf, Models]]:
+    """The models of trials that are done, out of the sweep's folders.
+
+    Args:
+      out: the sweep's folder.
+      trials: its trials that are done.
+
+    Raises:
+      UserError: bad input, or a checkpoint is gone.
+    """
+
+    def no_tracker(folder: Path, config: Mapping[str, Any]) -> training.Tracker:
+        return training.NoTracker()
+
+    for same in _by(trials, lambda trial: data_fingerprint(trial.config)):
+        ground = _ground(out, same[0].config, no_tracker)
+        starts = _starts(out, same, ground, no_tracker)
+        for trial in same:
+            program = _program([trial], ground, Packing())
+            start = starts[start_fingerprint(trial.config)]
+            state = training.init_state(start, program.tx, program.memories[0](start))
+            pairs = ground.materials.pairs[trial_data.name_of_pairs(trial.config)]
+            end = training.final_params(folder_of(out, trial), state)
+            yield trial, Models(ground.materials.model, pairs, start, end)
 
 
 def _run_group(
