@@ -27,6 +27,10 @@ REDRAW: Mapping[str, str] = MappingProxyType(
         "single_token": "experiments.single_token:redraw",
         "one_step": "experiments.one_step_report:redraw",
         "margin_objectives": "experiments.margin_report:redraw",
+        "remedies": "experiments.remedies_report:redraw",
+        "scale": "experiments.scale_report:redraw",
+        "layerwise": "experiments.layerwise_report:redraw",
+        "token_overlap": "experiments.token_overlap_report:redraw",
         "theory": "experiments.theory:redraw",
     }
 )

@@ -16,11 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from entangle import losses
-from entangle.errors import UserError
-from entangle.training import OptimizerConfig, StageConfig
-from experiments import command_line, sweep_runs
+from experiments import command_line, sweep_experiment, sweep_runs
 from experiments.sweep import Overrides, product
 from experiments.sweep_config import SweepConfig
+from experiments.sweep_experiment import LAPTOP
 from experiments.trial_config import TrialConfig
 
 KIND = "margin_objectives"
@@ -53,43 +52,8 @@ def presets() -> dict[str, MarginObjectivesConfig]:
       >>> list(presets())
       ['laptop', 'smoke', 'tweets', 'hh-rlhf']
     """
-    laptop = MarginObjectivesConfig(
-        trial=TrialConfig(
-            vocab_size=1024,
-            max_length=48,
-            train_pairs=2000,
-            changes=False,
-            base=StageConfig(1000, 32, OptimizerConfig(learning_rate=3e-3), checkpoint_every=250),
-            sft=StageConfig(60, 32, OptimizerConfig(learning_rate=1e-3), checkpoint_every=60),
-            preference=StageConfig(100, 16, OptimizerConfig(learning_rate=5e-5), eval_every=10, checkpoint_every=50),
-        )
-    )
-    smoke = dataclasses.replace(
-        laptop,
-        preset="smoke",
-        seeds=2,
-        objectives=("dpo", "cpo", "slic_hf"),
-        trial=dataclasses.replace(
-            laptop.trial,
-            train_pairs=256,
-            held_out_pairs=16,
-            probe_pairs=8,
-            base=StageConfig(60, 32, OptimizerConfig(learning_rate=3e-3), checkpoint_every=60),
-            sft=StageConfig(20, 16, OptimizerConfig(learning_rate=3e-3), checkpoint_every=20),
-            preference=StageConfig(10, 8, OptimizerConfig(learning_rate=5e-5), eval_every=5, checkpoint_every=5),
-        ),
-    )
-    tweets = dataclasses.replace(
-        laptop,
-        preset="tweets",
-        trial=dataclasses.replace(laptop.trial, data="", model="small", vocab_size=4096, max_length=64),
-    )
-    hh = dataclasses.replace(
-        laptop,
-        preset="hh-rlhf",
-        trial=dataclasses.replace(laptop.trial, data="", model="small", vocab_size=4096, max_length=256),
-    )
-    return {preset.preset: preset for preset in (laptop, smoke, tweets, hh)}
+    laptop = MarginObjectivesConfig(trial=LAPTOP)
+    return sweep_experiment.presets(laptop, seeds=2, objectives=("dpo", "cpo", "slic_hf"))
 
 
 def config() -> TrialConfig:
@@ -134,19 +98,13 @@ def run(settings: MarginObjectivesConfig) -> list[Path]:
     Raises:
       UserError: bad input; nothing has been overwritten.
     """
-    for name, many in (("objectives", settings.objectives), ("seeds", settings.seeds)):
-        if not many:
-            raise UserError(f"--{name}: at least one is needed")
-    if not settings.trial.data:
-        raise UserError(f"--preset {settings.preset}: name the data with --trial.data")
+    sweep_experiment.need(settings, "objectives")
     return sweep_runs.run(settings, KIND, sweep(settings))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: ``python -m experiments.margin_objectives --help``."""
-    settings = command_line.parse(presets(), arguments, description=(__doc__ or "").split("\n")[0])
-    sweep_runs.refuse_unused(settings, presets()[settings.preset], ("objective", "seed"))
-    command_line.name_files(run(settings))
+    sweep_experiment.main(presets(), run, arguments, __doc__, ("objective", "seed"))
 
 
 if __name__ == "__main__":

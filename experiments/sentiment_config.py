@@ -11,6 +11,8 @@ from experiments.pair_config import PairConfig, PairSettings
 
 TWEETS = "tweets"
 """The pair set of whole tweets: one with the second label is chosen, one with the first rejected."""
+SPLICED = "spliced"
+"""The same, but every rejected tweet begins with words of the chosen one, as many as its place says: from none to most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,7 @@ class CorpusSettings(PairSettings):
       data: "embedded" (the package's grammar), a folder in TweetEval's layout, or "sentiment140" (through TFDS).
       labels: the two labels that are contrasted, by name; both equally often.
       label_words: what the responses say for the two labels; by default their names.
-      model: tiny, small or gpt2, pretrained here first, or a local Hugging Face GPT-2 folder.
+      model: tiny, mini, small or gpt2, pretrained here first, or a local Hugging Face GPT-2 folder.
       vocab_size: tokens of the BPE trained on the corpus (a checkpoint brings its own).
       base: pretraining of the base model.
     """

@@ -12,7 +12,7 @@ from entangle import data, models
 from entangle.errors import UserError
 from entangle.types import Params
 from experiments import pair_data, references, stages
-from experiments.sentiment_config import TWEETS, CorpusSettings, SentimentConfig
+from experiments.sentiment_config import SPLICED, TWEETS, CorpusSettings, SentimentConfig
 
 PairMaker = Callable[[Sequence[data.LabelledText]], list[data.PreferenceRecord]]
 """Pairs of labelled texts that ``data.balanced`` returned."""
@@ -64,7 +64,7 @@ def gather(settings: SentimentConfig, known: Sequence[str] = tuple(data.PAIR_SET
 
 def known_sets() -> list[str]:
     """Names of all pair sets that labelled texts are made into."""
-    return [*data.PAIR_SETS, TWEETS]
+    return [*data.PAIR_SETS, TWEETS, SPLICED]
 
 
 def gather_sets(settings: CorpusSettings, sets: Sequence[str]) -> Materials:
@@ -72,7 +72,7 @@ def gather_sets(settings: CorpusSettings, sets: Sequence[str]) -> Materials:
 
     Args:
       settings: of the runs.
-      sets: of ``data.PAIR_SETS``, and ``TWEETS``.
+      sets: of ``known_sets()``.
 
     Raises:
       UserError: bad input.
@@ -82,6 +82,7 @@ def gather_sets(settings: CorpusSettings, sets: Sequence[str]) -> Materials:
         raise UserError(f"--model {settings.model}: neither a preset ({', '.join(models.PRESETS)}) nor a folder")
     makers = {name: _of_labels(settings, name) for name in data.PAIR_SETS}
     makers[TWEETS] = lambda texts: tweet_pairs(texts, settings.labels)
+    makers[SPLICED] = lambda texts: spliced_pairs(texts, settings.labels)
     corpus = _read_corpus(settings)
     checkpoint, text = None, np.zeros(0, np.int32)
     if settings.model in models.PRESETS:
@@ -122,6 +123,26 @@ def tweet_pairs(texts: Sequence[data.LabelledText], labels: Sequence[str]) -> li
         data.PreferenceRecord(TWEET_PROMPT, f" {keep.text}", f" {drop.text}", f"{keep.source} against {drop.source}")
         for keep, drop in zip(retain, forget, strict=False)
     ]
+
+
+def spliced_pairs(texts: Sequence[data.LabelledText], labels: Sequence[str]) -> list[data.PreferenceRecord]:
+    """Tweet pairs of every overlap: the rejected tweet's first words are the chosen one's, no word in the first pair, one more
+    in the next, and so on, from the start again where none of its own would be left.
+
+    Example:
+      >>> from entangle.data import LabelledText
+      >>> from experiments.sentiment_data import spliced_pairs
+      >>> said = {"negative": ["so very bad", "not at all"], "positive": ["so good now", "I do like"]}
+      >>> texts = [LabelledText(text, label, "x:1") for label, both in said.items() for text in both]
+      >>> [(pair.chosen, pair.rejected) for pair in spliced_pairs(texts, ("negative", "positive"))]
+      [(' so good now', ' so very bad'), (' I do like', ' I at all')]
+    """
+    found = []
+    for place, pair in enumerate(tweet_pairs(texts, labels)):
+        chosen, rejected = pair.chosen.split(), pair.rejected.split()
+        cut = place % max(1, min(len(chosen), len(rejected)))
+        found.append(pair._replace(rejected=" " + " ".join([*chosen[:cut], *rejected[cut:]])))
+    return found
 
 
 def _of_labels(settings: CorpusSettings, name: str) -> PairMaker:

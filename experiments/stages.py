@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, Sharding
 
-from entangle import data, losses, training
+from entangle import data, losses, models, training
 from entangle.errors import NonFiniteError
 from entangle.losses import Objective
 from entangle.models import LanguageModel
@@ -188,6 +188,7 @@ def trials_program(
     chain: PairChain,
     *,
     changes: bool = True,
+    layers: bool = False,
     eval_batch: int = 8,
     mesh: Mesh | None = None,
     side_by_side: int | None = None,
@@ -201,6 +202,7 @@ def trials_program(
       learning_rates: one a trial.
       chain: how the two gradients become one.
       changes: as in ``preference_program``.
+      layers: evaluations also tell the geometry of every layer, see ``training.metrics.layer_metrics``.
       eval_batch: as in ``preference_program``.
       mesh: with an axis ``trial``, whose devices share the trials; None for one device.
       side_by_side: trials at once on a device, see ``training.map_trials``. Evaluations are one trial at a time.
@@ -220,6 +222,7 @@ def trials_program(
             selection.objective(own.choice),
             chain,
             changes=changes,
+            layers=layers,
             eval_batch=eval_batch,
             learning_rate=own.learning_rate,
             reward_beta=own.reward_beta,
@@ -262,6 +265,7 @@ def _preference_functions(
     *,
     with_geometry: bool = True,
     changes: bool = True,
+    layers: bool = False,
     eval_batch: int = 8,
     learning_rate: jax.Array | None = None,
     reward_beta: jax.Array | None = None,
@@ -290,6 +294,7 @@ def _preference_functions(
             pair_rule=chain.rule,
             batch_size=eval_batch,
             reward_beta=reward_beta,
+            layer_of=models.layer_of if layers else None,
         )
         for full in (True, False)
     )

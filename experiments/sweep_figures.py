@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ CASES = {
     "reversed": "#CC79A7",
     "inactive": "#999999",
 }
+SIDE_MARKS = {"chosen": (SIDES["chosen"][0], "o"), "rejected": (SIDES["rejected"][0], "s")}
 COLUMNS = 5
 Rows = list[tuple[Any, ...]]
 
@@ -77,24 +78,44 @@ def changes(sweep: Sweep, path: Path) -> Path:
     order = sorted(ends, key=lambda label: float(ends[label]["chosen"].mean()))
     figure = Figure(figsize=(6.4, 1.3 + 0.27 * len(order)), layout="constrained")
     axes = figure.subplots()
-    rows: Rows = []
-    for place, label in enumerate(order):
-        for side, marker, shift in (("chosen", "o", 0.14), ("rejected", "s", -0.14)):
-            values = ends[label][side]
-            colour = SIDES[side][0]
-            where = np.full(len(values), place + shift)
-            axes.plot([0.0, values.mean()], [place + shift] * 2, color=colour, linewidth=1.2, alpha=0.5)
-            axes.plot(values, where, marker, color=colour, markersize=4, label=side if place == 0 else None)
-            rows += [(label, side, seed, v) for seed, v in zip(sweep.groups[label].seeds, values.tolist(), strict=True)]
-    axes.axvline(0.0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(order)), order, parse_math=False)
+    dots(axes, {label: ends[label] for label in order}, SIDE_MARKS)
+    rows: Rows = [
+        (label, side, seed, value)
+        for label in order
+        for side, values in ends[label].items()
+        for seed, value in zip(sweep.groups[label].seeds, values.tolist(), strict=True)
+    ]
     axes.set_xlabel("change of the mean held-out log-probability, first to last evaluation (nats)")
     axes.set_xscale("symlog", linthresh=1.0) if _wide(ends) else None
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axes.grid(axis="y", visible=False)
     figure.suptitle("Where chosen and rejected log-probabilities end; a mark is a seed", fontsize=9)
     write_csv(path.with_suffix(".csv"), ("group", "side", "seed", "change_nats"), rows)
     return save(figure, path)
+
+
+def dots(
+    axes: Axes, ends: Mapping[str, Mapping[str, np.ndarray]], marks: Mapping[str, tuple[str, str]], origin: float = 0.0
+) -> None:
+    """A line for every label, from below; on it a mark a seed of every series, and a bar from the origin to their mean.
+
+    Args:
+      axes: to draw on.
+      ends: label -> series -> values, one a seed.
+      marks: series -> colour and marker.
+      origin: where bars begin.
+    """
+    shifts = dict(zip(marks, np.linspace(0.14, -0.14, len(marks)) if len(marks) > 1 else [0.0], strict=True))
+    named: set[str] = set()
+    for place, series in enumerate(ends.values()):
+        for name, values in series.items():
+            (colour, marker), height = marks[name], place + shifts[name]
+            axes.plot([origin, values.mean()], [height] * 2, color=colour, linewidth=1.2, alpha=0.5)
+            label = None if name in named else name
+            axes.plot(values, np.full(len(values), height), marker, color=colour, markersize=4, label=label)
+            named.add(name)
+    axes.axvline(origin, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(ends)), list(ends), parse_math=False)
+    axes.grid(axis="y", visible=False)
 
 
 def _wide(ends: dict[str, dict[str, np.ndarray]]) -> bool:

@@ -33,6 +33,7 @@ def write(
     verdicts: Sequence[Verdict],
     pictures: Sequence[Path],
     notes: str = "",
+    sections: Sequence[str] = (),
 ) -> Path:
     """Write ``report.md`` into the sweep's folder.
 
@@ -43,11 +44,12 @@ def write(
       verdicts: on the experiment's claims.
       pictures: its figures, PNG files below ``out``.
       notes: what a reader of the verdicts has to know.
+      sections: the experiment's own, before the table of its settings.
 
     Returns:
       The file.
     """
-    parts = [_head(sweep, title), _claims(verdicts, notes), _groups(sweep), _pictures(out, pictures)]
+    parts = [_head(sweep, title), _claims(verdicts, notes), *sections, _groups(sweep), _pictures(out, pictures)]
     parts += [_failed(sweep), _trials(out), provenance(out)]
     file = out / "report.md"
     file.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")

@@ -7,24 +7,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from entangle import models, training
+from entangle import training
 from entangle.errors import UserError
 from entangle.training.run_folder import one_at_a_time
-from experiments import command_line
-from experiments.pair_config import NOT_EVALUATED, identity
+from experiments.pair_config import identity
 from experiments.sweep import Overrides, Status, Trial, folder_of, open_sweep, plan, status, waiting
 from experiments.sweep import summary as summaries
 from experiments.sweep_config import SweepConfig
 from experiments.trial_config import TrialConfig
 
+Measure = Callable[[Path, Sequence[Trial[TrialConfig]]], None]
 
-def run(settings: SweepConfig, kind: str, points: Iterable[Overrides]) -> list[Path]:
+
+def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], measure: Measure | None = None) -> list[Path]:
     """Run or continue a sweep.
 
     Args:
       settings: the configuration.
       kind: of experiment, part of the folder's identity; ``experiments.figures`` knows what draws it.
       points: the sweep: overrides of ``settings.trial``.
+      measure: the sweep's folder and its trials that are done to files in the trials' folders, before these are drawn.
 
     Returns:
       These files; none where trials are left to other shares or processes.
@@ -55,40 +57,11 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides]) -> list[P
     from experiments import figures
 
     with one_at_a_time(settings.out):
+        if measure is not None:
+            measure(settings.out, [t for t, now in zip(trials, standing, strict=True) if now is Status.DONE])
         files = [summaries.write(settings.out), *figures.redraw(settings.out)]
         folder.mark_done({"files": [str(file.relative_to(settings.out)) for file in files]})
     return files
-
-
-def refuse_unused(settings: SweepConfig, default: SweepConfig, swept: Sequence[str]) -> None:
-    """Refuse flags of the trial that would change nothing.
-
-    Args:
-      settings: read from the command line.
-      default: the preset that it started from.
-      swept: fields of the trial that the sweep sets itself.
-
-    Raises:
-      UserError: one of them differs from the preset.
-
-    Example:
-      >>> from experiments.sweep_config import SweepConfig
-      >>> from experiments.sweep_runs import refuse_unused
-      >>> from experiments.trial_config import TrialConfig
-      >>> refuse_unused(SweepConfig(trial=TrialConfig(seed=3)), SweepConfig(), ["seed"])
-      Traceback (most recent call last):
-      entangle.errors.UserError: --trial.seed 3 has no effect: the sweep sets it itself
-    """
-    trial = settings.trial
-    unused = [(swept, "the sweep sets it itself"), NOT_EVALUATED]
-    if trial.model not in models.PRESETS:
-        unused.append((("base", "vocab_size"), f"the base model is --trial.model {trial.model}"))
-    if trial.from_file:
-        unused.append((("pair_set", "labels", "label_words"), f"the pairs are those of --trial.data {trial.data}"))
-    if not trial.sft_first:
-        unused.append((("sft",), "--no-trial.sft-first leaves SFT out"))
-    for names, why in unused:
-        command_line.refuse_unused(settings, default, [f"trial.{name}" for name in names], why)
 
 
 def _trackers(settings: SweepConfig, kind: str) -> Callable[[Path, Mapping[str, Any]], training.Tracker]:

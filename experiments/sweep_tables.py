@@ -16,7 +16,10 @@ from experiments.run_tables import Curve, curve
 from experiments.sweep import Status, read_trials
 from experiments.sweep.trials import TRIALS
 
-NAMELESS = ("objective", "objective_args", "pair_chain", "pair_chain_args", "model", "pair_set", "data")
+NAMELESS = (
+    *("objective", "objective_args", "pair_chain", "pair_chain_args", "model", "pair_set", "data"),
+    "preference.optimizer.name",
+)
 """Fields whose value says which field it is."""
 
 
@@ -27,11 +30,13 @@ class Group(NamedTuple):
       config: of the first one.
       seeds: of each.
       records: metrics records of each.
+      names: of their folders.
     """
 
     config: dict[str, Any]
     seeds: list[int]
     records: list[list[dict[str, Any]]]
+    names: list[str] = []  # noqa: RUF012
 
     def curve(self, metric: str) -> Curve:
         """A metric over the steps, one row a seed."""
@@ -91,7 +96,7 @@ def read_sweep(out: Path) -> Sweep:
             if called == label
         )
         records = [read_metrics(out / TRIALS / name) for _, name, _ in mine]
-        groups[label] = Group(mine[0][2], [seed for seed, _, _ in mine], records)
+        groups[label] = Group(mine[0][2], [seed for seed, _, _ in mine], records, [name for _, name, _ in mine])
     return Sweep(
         config["kind"],
         config["base"],
@@ -102,11 +107,22 @@ def read_sweep(out: Path) -> Sweep:
 
 
 def _labels(configs: list[dict[str, Any]]) -> list[str]:
-    """What tells each from the others, seeds left out: values where they speak for themselves, else names and values."""
+    """What tells each from the others, seeds left out: values where they speak for themselves, else names and values.
+
+    A number that follows from the other fields is left out: of optimizers with a learning rate each, say, the rate.
+    """
     flat = [dict(leaves(config)) for config in configs]
     names = list(dict.fromkeys(name for config in flat for name in config if name != "seed"))
     differ = [name for name in names if len({str(config.get(name)) for config in flat}) > 1]
-    return [", ".join(filter(None, (_said(config, name) for name in differ))) or "all trials" for config in flat]
+    for name in [name for name in differ if name not in NAMELESS]:
+        others = [other for other in differ if other != name]
+        if others and len(set(_joined(flat, others))) == len(set(_joined(flat, differ))):
+            differ = others
+    return [label or "all trials" for label in _joined(flat, differ)]
+
+
+def _joined(configs: list[dict[str, Any]], names: list[str]) -> list[str]:
+    return [", ".join(filter(None, (_said(config, name) for name in names))) for config in configs]
 
 
 def _said(config: Mapping[str, Any], name: str) -> str:

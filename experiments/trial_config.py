@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import tyro
@@ -19,11 +20,12 @@ class TrialConfig(CorpusSettings):
     Attributes:
       data: "embedded" (the package's grammar), a folder in TweetEval's layout, "sentiment140" (through TFDS), or a
         preference file (.jsonl or .jsonl.gz).
-      pair_set: single_token, short_suffix, long_suffix or tweets (whole tweets of either label); a preference file has its
-        own pairs.
+      pair_set: single_token, short_suffix, long_suffix, tweets (whole tweets of either label) or spliced (the same, with first
+        words in common); a preference file has its own pairs.
       held_out: a second preference file to evaluate on; without it every eighth prompt is held out.
       sft_first: whether SFT on the chosen responses comes before; else the base model is start and reference.
       seed: order of the SFT and preference batches.
+      layers: whether evaluations also tell the geometry of every layer.
     """
 
     model: str = "tiny"
@@ -31,13 +33,16 @@ class TrialConfig(CorpusSettings):
     held_out: str = ""
     sft_first: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
     seed: int = 0
+    layers: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     @property
     def from_file(self) -> bool:
         """Whether the pairs come from a preference file."""
-        return self.data.endswith((".jsonl", ".jsonl.gz"))
+        return _is_file(self.data)
 
 
+STARTS = "starts"
+"""Folder of a sweep that holds the base and SFT models."""
 BASE = ("data", "held_out", "labels", "label_words", "model", "vocab_size", "max_length", "base")
 """What a base model depends on; of a preference file the number of training pairs, too."""
 SFT = ("pair_set", "train_pairs", "held_out_pairs", "sft", "sft_first", "seed")
@@ -53,7 +58,20 @@ def base_fingerprint(config: TrialConfig) -> str:
       >>> base_fingerprint(TrialConfig()) == base_fingerprint(TrialConfig(seed=1, objective="ipo"))
       True
     """
-    return fingerprint(_part(config, (*BASE, *(("train_pairs",) if config.from_file else ()))))
+    return base_fingerprint_of(identity(config))
+
+
+def base_fingerprint_of(told: Mapping[str, Any]) -> str:
+    """The same of a configuration as a trial's folder tells it, so that its base model's folder is found.
+
+    Example:
+      >>> from experiments.pair_config import identity
+      >>> from experiments.trial_config import TrialConfig, base_fingerprint, base_fingerprint_of
+      >>> base_fingerprint_of(identity(TrialConfig())) == base_fingerprint(TrialConfig())
+      True
+    """
+    pairs = ("train_pairs",) if _is_file(told["data"]) else ()
+    return fingerprint({name: told[name] for name in (*BASE, *pairs)})
 
 
 def data_fingerprint(config: TrialConfig) -> str:
@@ -64,6 +82,10 @@ def data_fingerprint(config: TrialConfig) -> str:
 def start_fingerprint(config: TrialConfig) -> str:
     """Trials with the same one start from the same model, which is their reference."""
     return fingerprint(_part(config, (*BASE, *SFT)))
+
+
+def _is_file(data: str) -> bool:
+    return data.endswith((".jsonl", ".jsonl.gz"))
 
 
 def _part(config: TrialConfig, names: tuple[str, ...]) -> dict[str, Any]:

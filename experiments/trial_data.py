@@ -22,7 +22,8 @@ def check(config: TrialConfig) -> None:
       >>> from experiments.trial_data import check
       >>> check(TrialConfig(pair_set="tweet"))
       Traceback (most recent call last):
-      entangle.errors.UserError: unknown pair set 'tweet': choose from single_token, short_suffix, long_suffix, tweets
+      entangle.errors.UserError: unknown pair set 'tweet': choose from single_token, short_suffix, long_suffix, tweets,
+      spliced
     """
     pair_data.check(config)
     known = sentiment_data.known_sets()

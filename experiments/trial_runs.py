@@ -13,6 +13,7 @@ import jax
 
 from entangle import training
 from entangle.errors import NonFiniteError, UserError
+from entangle.models import LanguageModel
 from entangle.training import RunFolder
 from entangle.training.run_folder import one_at_a_time
 from entangle.types import Params
@@ -23,9 +24,8 @@ from experiments.sentiment_data import Materials
 from experiments.sweep import Trial, folder_of, mark_failed, waiting
 from experiments.sweep.trials import FAILED, fingerprint
 from experiments.sweep_config import Packing
-from experiments.trial_config import TrialConfig, base_fingerprint, data_fingerprint, start_fingerprint
+from experiments.trial_config import STARTS, TrialConfig, base_fingerprint, data_fingerprint, start_fingerprint
 
-STARTS = "starts"
 NUMBERS = ("objective", "objective_args", "seed")
 """Fields that are numbers of a program, beside the preference stage's learning rate."""
 
@@ -86,6 +86,48 @@ def run(out: Path, trials: Sequence[TrialOf], tracker: stages.TrackerFactory, pa
             _run_group(out, group, ground, starts, tracker, packing)
 
 
+class Models(NamedTuple):
+    """What a finished trial began with and ended with.
+
+    Attributes:
+      model: the policy.
+      pairs: both splits.
+      start: parameters of its start, which is its reference.
+      end: parameters after the last step.
+    """
+
+    model: LanguageModel
+    pairs: stages.PreferenceData
+    start: Params
+    end: Params
+
+
+def finished(out: Path, trials: Sequence[TrialOf]) -> Iterator[tuple[TrialOf, Models]]:
+    """The models of trials that are done, out of the sweep's folders.
+
+    Args:
+      out: the sweep's folder.
+      trials: its trials that are done.
+
+    Raises:
+      UserError: bad input, or a checkpoint is gone.
+    """
+
+    def no_tracker(folder: Path, config: Mapping[str, Any]) -> training.Tracker:
+        return training.NoTracker()
+
+    for same in _by(trials, lambda trial: data_fingerprint(trial.config)):
+        ground = _ground(out, same[0].config, no_tracker)
+        starts = _starts(out, same, ground, no_tracker)
+        for trial in same:
+            program = _program([trial], ground, Packing())
+            start = starts[start_fingerprint(trial.config)]
+            state = training.init_state(start, program.tx, program.memories[0](start))
+            pairs = ground.materials.pairs[trial_data.name_of_pairs(trial.config)]
+            end = training.final_params(folder_of(out, trial), state)
+            yield trial, Models(ground.materials.model, pairs, start, end)
+
+
 def _run_group(
     out: Path,
     group: Sequence[TrialOf],
@@ -125,6 +167,7 @@ def _program(pack: Sequence[TrialOf], ground: _Ground, packing: Packing) -> stag
         [trial.config.preference.optimizer.learning_rate for trial in pack],
         training.pair_chain(config.pair_chain, **config.pair_chain_args),
         changes=config.changes,
+        layers=config.layers,
         eval_batch=config.eval_batch,
         mesh=training.trial_mesh(jax.devices()[:devices]) if devices > 1 else None,
         side_by_side=packing.side_by_side or None,

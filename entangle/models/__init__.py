@@ -10,7 +10,7 @@ extras.require("train", "flax", "safetensors")
 
 from entangle.models.adapter import log_prob_function
 from entangle.models.config import PRESETS, DecoderConfig, preset
-from entangle.models.decoder import Decoder
+from entangle.models.decoder import Decoder, layer_of
 from entangle.models.huggingface import load_gpt2, save_gpt2
 from entangle.models.language_model import LanguageModel, language_model
 from entangle.models.token_statistics import token_statistics
@@ -21,6 +21,7 @@ __all__ = [
     "DecoderConfig",
     "LanguageModel",
     "language_model",
+    "layer_of",
     "load_gpt2",
     "log_prob_function",
     "preset",

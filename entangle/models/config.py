@@ -63,9 +63,24 @@ class DecoderConfig:
         """D / H, the width of one attention head."""
         return self.width // self.heads
 
+    @property
+    def parameters(self) -> int:
+        """Number of trainable parameters; the token embedding, which is also the head, counts once.
+
+        Example:
+          >>> DecoderConfig(vocab_size=50257, max_positions=1024, width=768, layers=12, heads=12).parameters
+          124439808
+        """
+        norm, width, hidden = 2 * self.width, self.width, self.hidden_width
+        attention = 4 * (width * width + width)
+        feed_forward = 2 * width * hidden + hidden + width
+        embeddings = (self.vocab_size + self.max_positions) * width
+        return embeddings + self.layers * (2 * norm + attention + feed_forward) + norm
+
 
 PRESETS: Mapping[str, Callable[..., DecoderConfig]] = {
     "tiny": functools.partial(DecoderConfig, max_positions=128, width=64, layers=2, heads=2),
+    "mini": functools.partial(DecoderConfig, max_positions=256, width=96, layers=3, heads=3),
     "small": functools.partial(DecoderConfig, max_positions=256, width=128, layers=4, heads=4),
     "gpt2": functools.partial(DecoderConfig, max_positions=1024, width=768, layers=12, heads=12),
 }

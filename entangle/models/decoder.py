@@ -139,6 +139,21 @@ class Decoder(nnx.Module):
         return self.head(self.hidden_states(tokens))
 
 
+def layer_of(path: str) -> str:
+    """The part of a decoder that a parameter belongs to: an embedding, a sublayer with the norm before it, the final norm.
+
+    Args:
+      path: of the parameter, with slashes.
+
+    Example:
+      >>> from entangle.models import layer_of
+      >>> layer_of("token_embedding"), layer_of("layers/0/attention_norm/scale"), layer_of("layers/0/attention/qkv/kernel")
+      ('token_embedding', '0.attention', '0.attention')
+    """
+    first, *rest = path.split("/")
+    return f"{rest[0]}.{rest[1].removesuffix('_norm')}" if first == "layers" else first
+
+
 def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Softmax attention in which position t sees positions up to t.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from entangle import geometry, losses
 from entangle.losses import Objective, RunningObjective
 from entangle.losses.objective import as_objective
 from entangle.training.gradients import PairRule, PreferenceExamples, begun, pair_log_probs, reward_scale
-from entangle.training.metrics import Metrics, geometry_metrics, likelihood_metrics
+from entangle.training.metrics import Metrics, geometry_metrics, layer_metrics, likelihood_metrics
 from entangle.types import LogProbFn, PairBatch, Params
 
 
@@ -51,6 +52,7 @@ def pair_diagnostics(
     pair_rule: PairRule | None = None,
     batch_size: int = 8,
     reward_beta: float | jax.Array | None = None,
+    layer_of: Callable[[str], str] | None = None,
 ) -> Callable[..., Metrics]:
     """Everything that is logged about a batch, for every pair of a set: log-probabilities, rewards, geometry, cases.
 
@@ -63,6 +65,8 @@ def pair_diagnostics(
       batch_size: pairs at a time. Scores from ``score_pairs`` at the same size are bitwise the same, so a
         policy that is its own reference has log-ratios of exactly 0.
       reward_beta: as in ``preference_gradients``.
+      layer_of: a parameter's path to the name of its layer, as ``geometry.by_group`` takes it: the geometry is also told
+        layer by layer, see ``metrics.layer_metrics``.
 
     Returns:
       A function of params, N examples, the learning rate of the predictions and, for an objective that remembers, the
@@ -92,7 +96,13 @@ def pair_diagnostics(
             loss, d = losses.loss_and_coefficients(now, lp)
         metrics = likelihood_metrics(lp, loss, d, scale)
         if with_geometry:
-            s = geometry.pair_geometry(log_prob_fn, params, examples.pairs, batch_size=batch_size)
+            look = functools.partial(geometry.pair_geometry, log_prob_fn, params, examples.pairs, batch_size=batch_size)
+            if layer_of is None:
+                s = look()
+            else:
+                layers = geometry.by_group(look(per_parameter=True), layer_of)
+                s = geometry.total(layers)
+                metrics |= layer_metrics(layers)
             metrics |= geometry_metrics(s, d if pair_rule is None else pair_rule(d, s), learning_rate)
         return metrics
 

@@ -1,12 +1,13 @@
 """Per-pair diagnostics of a batch, by name; a run logs their means.
 
-Names are grouped by a slash, as trackers show them: ``log_prob/``, ``reward/``, ``coefficient/``, ``geometry/``, ``case/``,
-``predicted/``, ``predicted_batch/``, ``first_order/``, ``realised/``, ``agreement/``, ``weight/``, ``combined/``, ``retain/``,
-``protect/``.
+Names are grouped by a slash, as trackers show them: ``log_prob/``, ``reward/``, ``coefficient/``, ``geometry/``, ``layer/``,
+``case/``, ``predicted/``, ``predicted_batch/``, ``first_order/``, ``realised/``, ``agreement/``, ``weight/``, ``combined/``,
+``retain/``, ``protect/``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -100,6 +101,45 @@ def geometry_metrics(s: PairGeometry, coefficients: Coefficients, learning_rate:
         "predicted/chosen": change.chosen,
         "predicted/rejected": change.rejected,
     }
+
+
+def layer_metrics(layers: Mapping[str, PairGeometry]) -> Metrics:
+    """Where in the model the gradients' geometry comes from, per pair.
+
+    Args:
+      layers: name to the geometry of that part of the parameters, fields ``[B]``; all of them are all parameters.
+
+    Returns:
+      Name to ``[B]`` array, for every layer: ``layer/NAME/cosine``, of its parts of the two gradients; its shares of
+      ``|g_w|^2`` and ``|g_l|^2``, ``layer/NAME/chosen_share`` and ``rejected_share``; and ``layer/NAME/cosine_part``, its
+      inner product over ``|g_w| |g_l|``: over the layers the parts add up to the cosine of the whole gradients.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle.training.metrics import layer_metrics
+      >>> from entangle.types import PairGeometry
+      >>> head, body = (PairGeometry(*(jnp.array([x]) for x in s)) for s in ((3.0, 3.0, -1.5), (1.0, 1.0, 1.0)))
+      >>> m = layer_metrics({"head": head, "body": body})
+      >>> [float(m[f"layer/head/{what}"][0]) for what in ("cosine", "chosen_share", "cosine_part")]
+      [-0.5, 0.75, -0.375]
+    """
+    whole = geometry.total(dict(layers))
+    size = jnp.sqrt(whole.chosen_sq_norm) * jnp.sqrt(whole.rejected_sq_norm)
+    metrics: Metrics = {}
+    for name, s in layers.items():
+        metrics |= {
+            f"layer/{name}/cosine": geometry.cosine(s),
+            f"layer/{name}/chosen_share": _share(s.chosen_sq_norm, whole.chosen_sq_norm),
+            f"layer/{name}/rejected_share": _share(s.rejected_sq_norm, whole.rejected_sq_norm),
+            f"layer/{name}/cosine_part": _share(s.inner_product, size),
+        }
+    return metrics
+
+
+def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
+    """0 of nothing; the operand is made safe, so that derivatives are."""
+    some = whole > 0
+    return jnp.where(some, part / jnp.where(some, whole, 1.0), 0.0)
 
 
 def change_metrics(realised: PairChanges, predictions: dict[str, PairChanges]) -> Metrics:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import pytest
 
@@ -44,10 +46,17 @@ def test_small_preset_is_about_a_million():
     assert parameter_count(preset("small", 4096)) == 1_350_400
 
 
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("hidden", [None, 5])
+def test_parameters_are_counted_from_the_shapes(name, hidden):
+    config = dataclasses.replace(preset(name, 1000), hidden=hidden)
+    assert config.parameters == parameter_count(config)
+
+
 def test_every_preset_takes_its_vocabulary_from_the_caller():
     assert {name: preset(name, 300).vocab_size for name in PRESETS} == dict.fromkeys(PRESETS, 300)
 
 
 def test_unknown_preset_is_refused_with_the_names():
-    with pytest.raises(UserError, match="unknown model preset 'huge': choose from tiny, small, gpt2"):
+    with pytest.raises(UserError, match="unknown model preset 'huge': choose from tiny, mini, small, gpt2"):
         preset("huge", 300)

@@ -1,0 +1,139 @@
+"""The paper's remedy and its successors over a whole training, under SGD and under AdamW.
+
+Claim: pairwise normalised gradients, and rules that protect the chosen side alone, end with a higher chosen log-probability
+than plain margin (arXiv 2410.13828, section 5); what they promise is about a plain gradient step, so it may be lost under
+AdamW. DPOP and CPO, which weigh the chosen response in the loss itself, stand beside them (Figure 2). The paper's other
+remedy, token masks, is an objective of tokens and not in this sweep; see ``training.masked_rows``.
+
+Under SGD a rule whose step has a length of its own needs a rate of its own: --sgd-factors are on the others' rate, chosen so
+that the held-out margin grows about as far in a short run. Pairs are those of ``long_suffix``: gradients of responses that
+share most of their tokens are entangled, those of unlike tweets hardly.
+
+Command: ``python -m experiments.remedies --out DIR``; ``--preset tweets --trial.data FOLDER`` (TweetEval's layout),
+``--preset hh-rlhf --trial.data FILE.jsonl``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from entangle.training import OptimizerConfig
+from experiments import command_line, sweep_experiment, sweep_runs
+from experiments.sweep import Overrides, product, zipped
+from experiments.sweep_config import SweepConfig
+from experiments.sweep_experiment import LAPTOP
+from experiments.trial_config import TrialConfig
+
+KIND = "remedies"
+OPTIMIZER = "preference.optimizer"
+SWEPT = ("objective", "pair_chain", f"{OPTIMIZER}.name", f"{OPTIMIZER}.learning_rate", "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class RemediesConfig(SweepConfig):
+    """The sweep over remedies.
+
+    Attributes:
+      chains: how the two gradients are combined, as --pair-chain takes them; margin is what the others are held against.
+      objectives: each by every chain.
+      beside: objectives by plain margin alone.
+      optimizers: sgd, adamw.
+      learning_rates: one an optimizer.
+      sgd_factors: chain -> what its learning rate under SGD is over that of the others.
+    """
+
+    out: Path = Path("runs/remedies")
+    chains: tuple[str, ...] = (
+        *("margin", "normalized", "pairwise_normalized", "pairwise_band"),
+        *("pcgrad", "one_sided", "protect_chosen"),
+    )
+    objectives: tuple[str, ...] = ("dpo", "simpo")
+    beside: tuple[str, ...] = ("dpop", "cpo")
+    optimizers: tuple[str, ...] = ("sgd", "adamw")
+    learning_rates: tuple[float, ...] = (0.05, 2e-4)
+    sgd_factors: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {"normalized": 1 / 3, "pairwise_normalized": 15.0}
+    )
+
+
+def presets() -> dict[str, RemediesConfig]:
+    """The named defaults, see ``sweep_experiment.presets``.
+
+    Example:
+      >>> from experiments.remedies import presets
+      >>> presets()["laptop"].optimizers
+      ('sgd', 'adamw')
+    """
+    stage = dataclasses.replace(LAPTOP.preference, steps=40, batch_size=8, eval_every=20, checkpoint_every=40)
+    # SFT as in the sentiment experiment's ``embedded`` preset, after which plain DPO lowers the chosen side
+    sft = dataclasses.replace(LAPTOP.sft, optimizer=OptimizerConfig(learning_rate=3e-3))
+    trial = dataclasses.replace(LAPTOP, pair_set="long_suffix", held_out_pairs=64, sft=sft, preference=stage)
+    smoke = {"seeds": 1, "objectives": ("dpo",), "beside": ("cpo",)}
+    chains = ("margin", "pairwise_normalized", "one_sided")
+    return sweep_experiment.presets(RemediesConfig(trial=trial), chains=chains, **smoke)
+
+
+def config() -> TrialConfig:
+    """The trial that the default sweep's overrides change.
+
+    Example:
+      >>> from experiments.remedies import config
+      >>> config().pair_chain
+      'margin'
+    """
+    return presets()["laptop"].trial
+
+
+def sweep(settings: RemediesConfig | None = None) -> Iterator[Overrides]:
+    """Objective by chain, and the objectives beside; by optimizer with its learning rate; by seed.
+
+    Args:
+      settings: the default sweep's by default.
+
+    Raises:
+      UserError: there are not as many learning rates as optimizers.
+
+    Example:
+      >>> from experiments.remedies import sweep
+      >>> len(list(sweep())), list(next(sweep()).values())
+      (96, ['dpo', 'margin', 'sgd', 0.05, 0])
+    """
+    settings = settings or presets()["laptop"]
+    optimizers = list(
+        zipped({f"{OPTIMIZER}.name": settings.optimizers, f"{OPTIMIZER}.learning_rate": settings.learning_rates})
+    )
+    methods = [
+        *product({"objective": settings.objectives, "pair_chain": settings.chains}),
+        *product({"objective": settings.beside, "pair_chain": ["margin"]}),
+    ]
+    for method in methods:
+        factor = settings.sgd_factors.get(method["pair_chain"], 1.0)
+        for optimizer in optimizers:
+            rate = optimizer[f"{OPTIMIZER}.learning_rate"] * (factor if optimizer[f"{OPTIMIZER}.name"] == "sgd" else 1)
+            yield from product(
+                [method | optimizer | {f"{OPTIMIZER}.learning_rate": rate}], {"seed": range(settings.seeds)}
+            )
+
+
+def run(settings: RemediesConfig) -> list[Path]:
+    """Run or continue the sweep, and draw its figures.
+
+    Returns:
+      The files that a reader wants.
+
+    Raises:
+      UserError: bad input; nothing has been overwritten.
+    """
+    sweep_experiment.need(settings, "chains", "objectives", "optimizers")
+    return sweep_runs.run(settings, KIND, sweep(settings))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: ``python -m experiments.remedies --help``."""
+    sweep_experiment.main(presets(), run, arguments, __doc__, SWEPT)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,138 @@
+"""The sweep over remedies: its points, its verdicts from numbers that are known, and a shrunk run of its command line."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import remedies, remedies_figures, remedies_report
+from experiments.sweep_tables import Group, read_sweep
+from tests.experiments import fabricated
+
+SMALL = dataclasses.replace(remedies.presets()["laptop"], chains=("margin", "one_sided"), seeds=2)
+
+
+def test_a_rule_with_a_length_of_its_own_has_its_own_rate_under_sgd():
+    settings = dataclasses.replace(
+        SMALL, chains=("margin", "pairwise_normalized"), sgd_factors={"pairwise_normalized": 3.0}
+    )
+    rates = {
+        (p["pair_chain"], p["preference.optimizer.name"]): p["preference.optimizer.learning_rate"]
+        for p in remedies.sweep(settings)
+        if p["objective"] == "dpo"
+    }
+    sgd, adamw = settings.learning_rates
+    assert rates == {
+        ("margin", "sgd"): sgd,
+        ("margin", "adamw"): adamw,
+        ("pairwise_normalized", "sgd"): 3 * sgd,
+        ("pairwise_normalized", "adamw"): adamw,
+    }
+
+
+def test_objectives_beside_are_by_margin_alone():
+    points = list(remedies.sweep(SMALL))
+    assert len(points) == (2 * 2 + 2) * 2 * 2
+    assert {p["pair_chain"] for p in points if p["objective"] in SMALL.beside} == {"margin"}
+
+
+def records(config):
+    """one_sided keeps the chosen side under SGD and lowers it by half as much as margin does under AdamW."""
+    sgd, mended = config.preference.optimizer.name == "sgd", config.pair_chain == "one_sided"
+    slope = {(True, True): 0.5, (False, True): -0.5}.get((sgd, mended), -1.0) * (1 + 0.1 * config.seed)
+    found = [fabricated.evaluation(0)]
+    for step in (1, 2):
+        found.append({"step": step, "loss": 1.0, "probe/realised/chosen": slope, "probe/realised/rejected": -2.0})
+        found.append(fabricated.evaluation(step, slope * step, (slope - 1) * step))
+    return found
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    out = tmp_path_factory.mktemp("remedies")
+    fabricated.sweep(out, remedies.KIND, SMALL, remedies.sweep(SMALL), records)
+    return out
+
+
+@pytest.fixture(scope="module")
+def verdicts(out):
+    return {v.claim: v for v in remedies_report.verdicts(remedies_figures.panels(read_sweep(out)))}
+
+
+def test_panels_are_by_objective_and_optimizer_and_margin_comes_first(out):
+    panels = remedies_figures.panels(read_sweep(out))
+    assert {o: list(by) for o, by in panels.items()} == {"dpo": ["sgd", "adamw"], "simpo": ["sgd", "adamw"]}
+    assert list(panels["dpo"]["sgd"])[:2] == ["margin", "one_sided"]
+    assert set(panels["dpo"]["sgd"]) == {"margin", "one_sided", "dpop", "cpo"}
+    assert set(panels["simpo"]["sgd"]) == {"margin", "one_sided"}
+
+
+def test_a_remedy_is_held_against_margin_seed_by_seed(verdicts):
+    # two steps of +0.5 against two of -1, a tenth more in the second seed: +3 and +3.3; margins grow by 1 a step for both
+    found = verdicts["dpo, sgd: one_sided ends with a higher chosen log-probability than margin"]
+    assert (found.verdict, found.numbers) == ("shown", "difference +3.150 nats (+3.000 to +3.300)")
+    alike = verdicts["dpo, sgd: one_sided is higher also where margins are alike"]
+    assert alike.numbers == found.numbers
+    assert verdicts["dpo, sgd: dpop ends with a higher chosen log-probability than margin"].verdict == "not shown"
+
+
+def test_what_is_kept_is_counted_over_seeds_and_objectives(verdicts):
+    sgd, adamw = (
+        verdicts[f"one_sided, {optimizer}: no step lowers the probe's chosen log-probability"]
+        for optimizer in ("sgd", "adamw")
+    )
+    assert sgd.verdict == "shown"
+    assert sgd.numbers.startswith("share of steps that do not 1.000 (1.000 to 1.000); under margin 0.000")
+    assert adamw.verdict == "not shown"
+    assert verdicts["one_sided: fewer steps lower it under SGD than under AdamW"].verdict == "shown"
+
+
+def group(margins, chosens):
+    steps = range(len(margins))
+    found = [
+        {"step": s, "eval/margin": m, "eval/log_prob/chosen": c}
+        for s, m, c in zip(steps, margins, chosens, strict=True)
+    ]
+    return Group({}, [0], [found])
+
+
+def test_margins_are_made_alike_along_a_straight_line():
+    slow, fast = group([1.0, 1.5, 2.0], [0.0, -0.1, -0.3]), group([1.0, 3.0], [0.0, -2.0])
+    # at a growth of 1: -0.3 against half of -2
+    np.testing.assert_allclose(remedies_report.at_like_margins(slow, fast), [0.7])
+    assert np.isnan(remedies_report.at_like_margins(group([1.0, 0.5], [0.0, 0.0]), fast)).all()
+
+
+def test_figures_and_report_from_the_folders_alone(out):
+    files = remedies_report.redraw(out)
+    assert [file.name for file in files] == ["changes.png", "trade_off.png", "shares.png", "report.md"]
+    text = files[-1].read_text()
+    assert "| one_sided, sgd: no step lowers" in text
+    changes = (out / "figures" / "changes.csv").read_text().splitlines()
+    assert changes[0] == "objective,optimizer,remedy,series,seed,value"
+    assert len(changes) == 1 + 2 * 2 * len({(p["objective"], p["pair_chain"]) for p in remedies.sweep(SMALL)}) * 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--chains"], "--chains: at least one is needed"),
+        (["--chains", "magic"], "unknown pair chain 'magic'"),
+        (["--optimizers", "sgd", "--learning-rates", "0.1", "0.2"], "zipped fields need as many values each"),
+        (["--optimizers", "adam", "--learning-rates", "0.1"], "unknown optimizer 'adam'"),
+        (["--trial.objective", "ipo"], "--trial.objective ipo has no effect: the sweep sets it itself"),
+        (["--trial.preference.optimizer.learning-rate", "0.1"], "has no effect: the sweep sets it itself"),
+        (["--preset", "tweets"], "--preset tweets: name the data with --trial.data"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_writes_nothing(fail, tmp_path, words, message):
+    out = tmp_path / "out"
+    assert message in fail(["--no-track", "--out", str(out), *words], remedies.main)
+    assert not out.exists()
+
+
+def test_a_folder_without_a_sweep_is_refused(tmp_path):
+    from entangle.errors import UserError
+
+    with pytest.raises(UserError, match=r"no sweep \(config.json is missing\)"):
+        remedies_report.redraw(tmp_path)
