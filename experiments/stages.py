@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, Sharding
 
-from entangle import data, losses, models, training
-from entangle.errors import NonFiniteError
+from entangle import data, models, training
 from entangle.losses import Objective
 from entangle.models import LanguageModel
 from entangle.training import PairChain, PreferenceExamples, RunFolder, StageConfig, TokenBatch, TrainState
-from entangle.types import PairBatch, Params
+from entangle.training.gradients import GradientFn
+from entangle.types import LogProbFn, PairBatch, Params
 
 TrackerFactory = Callable[[Path, Mapping[str, Any]], training.Tracker]
 
@@ -127,8 +126,8 @@ def preference_program(
       changes: log what every step did to its own batch, to first order and in fact.
       eval_batch: pairs at a time in scores and evaluations.
     """
-    functions = _preference_functions(
-        model, stage, objective, chain, with_geometry=with_geometry, changes=changes, eval_batch=eval_batch
+    functions = preference_functions(
+        model.log_probs, stage, objective, chain, with_geometry=with_geometry, changes=changes, eval_batch=eval_batch
     )
     return PreferenceProgram(
         Program(stage, functions.tx, jax.jit(functions.step), functools.partial(training.preference_memory, objective)),
@@ -137,128 +136,24 @@ def preference_program(
     )
 
 
-class Numbers(NamedTuple):
-    """What trials of one program differ in; stacked along a leading axis.
+class PreferenceFunctions(NamedTuple):
+    """What preference optimisation of one run is made of, not compiled yet.
 
     Attributes:
-      choice: of the program's objectives.
-      learning_rate: peak of the preference stage.
-      reward_beta: scale of the logged implicit rewards.
+      tx: the optax chain.
+      step: state, batch and probe to the next state and what the step reports.
+      score: params and pairs to ``[N, 2]`` log-probabilities.
+      diagnose: as in ``PreferenceProgram``.
     """
 
-    choice: losses.Choice
-    learning_rate: jax.Array
-    reward_beta: jax.Array
-
-
-class TrialsProgram(NamedTuple):
-    """Preference optimisation of many trials in one program; functions of one trial's ``Numbers`` are mapped over them.
-
-    Attributes:
-      stage: how long, how much; the learning rate is a number of each trial.
-      tx: an optax chain whose state is that of every trial.
-      memories: parameters at the start to what the gradients remember, one a trial.
-      numbers: of the trials.
-      step: jitted; probe, numbers, stacked state and batch to the same as a single step's, stacked.
-      score: as in ``PreferenceProgram``, of one trial.
-      diagnose: jitted; held-out and training pairs, then stacked: numbers, params, both splits' references, memory.
-      mesh: whose devices share the trials; None for one device.
-    """
-
-    stage: StageConfig
-    tx: optax.GradientTransformation
-    memories: list[Callable[[Params], Any]]
-    numbers: Numbers
-    step: Any
-    score: Callable[[Params, PairBatch], jax.Array]
-    diagnose: Callable[..., dict[str, jax.Array]]
-    mesh: Mesh | None = None
-
-    @property
-    def devices(self) -> int:
-        """That share the trials."""
-        return 1 if self.mesh is None else self.mesh.shape[training.TRIAL_AXIS]
-
-
-def trials_program(
-    model: LanguageModel,
-    stage: StageConfig,
-    objectives: Sequence[tuple[str, Mapping[str, float]]],
-    learning_rates: Sequence[float],
-    chain: PairChain,
-    *,
-    changes: bool = True,
-    layers: bool = False,
-    eval_batch: int = 8,
-    mesh: Mesh | None = None,
-    side_by_side: int | None = None,
-) -> TrialsProgram:
-    """One compiled program for trials that differ in objective, its hyperparameters, learning rate, seed and start.
-
-    Args:
-      model: the policy.
-      stage: of all trials but for the learning rate.
-      objectives: name and hyperparameters, one a trial.
-      learning_rates: one a trial.
-      chain: how the two gradients become one.
-      changes: as in ``preference_program``.
-      layers: evaluations also tell the geometry of every layer, see ``training.metrics.layer_metrics``.
-      eval_batch: as in ``preference_program``.
-      mesh: with an axis ``trial``, whose devices share the trials; None for one device.
-      side_by_side: trials at once on a device, see ``training.map_trials``. Evaluations are one trial at a time.
-    """
-    selection = losses.Selection(objectives)
-    fixed = [losses.get_objective(name, **given) for name, given in objectives]
-    numbers = Numbers(
-        selection.choices,
-        jnp.asarray(learning_rates, jnp.float32),
-        jnp.asarray([training.reward_scale(objective) for objective in fixed], jnp.float32),
-    )
-
-    def functions(own: Numbers) -> _PreferenceFunctions:
-        return _preference_functions(
-            model,
-            stage,
-            selection.objective(own.choice),
-            chain,
-            changes=changes,
-            layers=layers,
-            eval_batch=eval_batch,
-            learning_rate=own.learning_rate,
-            reward_beta=own.reward_beta,
-        )
-
-    def step(probe: Any, own: Numbers, state: TrainState, batch: PreferenceExamples) -> Any:
-        return functions(own).step(state, batch, probe)
-
-    def diagnose(
-        pairs: tuple[PairBatch, PairBatch], own: Numbers, params: Params, references: Any, memory: Any
-    ) -> dict[str, jax.Array]:
-        eval_, eval_train = (PreferenceExamples(p, r) for p, r in zip(pairs, references, strict=True))
-        return functions(own).diagnose(params, eval_, eval_train, own.learning_rate, memory)
-
-    one = functions(training.trials.trial(numbers, 0))
-    return TrialsProgram(
-        stage,
-        one.tx,
-        [functools.partial(training.preference_memory, objective) for objective in fixed],
-        numbers,
-        jax.jit(training.map_trials(step, mesh=mesh, side_by_side=side_by_side)),
-        jax.jit(one.score),
-        jax.jit(training.map_trials(diagnose, mesh=mesh, side_by_side=1)),
-        mesh,
-    )
-
-
-class _PreferenceFunctions(NamedTuple):
     tx: optax.GradientTransformation
     step: Callable[..., Any]
     score: Callable[[Params, PairBatch], jax.Array]
     diagnose: Callable[..., dict[str, jax.Array]]
 
 
-def _preference_functions(
-    model: LanguageModel,
+def preference_functions(
+    log_probs: LogProbFn,
     stage: StageConfig,
     objective: Objective,
     chain: PairChain,
@@ -269,11 +164,26 @@ def _preference_functions(
     eval_batch: int = 8,
     learning_rate: jax.Array | None = None,
     reward_beta: jax.Array | None = None,
-) -> _PreferenceFunctions:
-    """Of one run; learning rate and objective may be traced."""
+    gradients: GradientFn | None = None,
+) -> PreferenceFunctions:
+    """The functions of one run.
+
+    Args:
+      log_probs: the policy.
+      stage: how long, how much.
+      objective: margin objective; its hyperparameters may be traced.
+      chain: how the two gradients become one.
+      with_geometry: as in ``preference_program``.
+      changes: as in ``preference_program``.
+      layers: evaluations also tell the geometry of every layer, see ``training.metrics.layer_metrics``.
+      eval_batch: as in ``preference_program``.
+      learning_rate: peak, in the place of the stage's own; may be traced.
+      reward_beta: scale of the logged implicit rewards, in the place of the objective's own beta; may be traced.
+      gradients: of another loss than the objective's, which is then the one that evaluations tell the coefficients of.
+    """
     tx = chain.around(stage.optimizer.build(stage.steps, chain.head, learning_rate=learning_rate))
-    gradients = training.preference_gradients(
-        model.log_probs,
+    gradients = gradients or training.preference_gradients(
+        log_probs,
         objective,
         with_geometry=with_geometry or chain.rule is not None,
         pair_rule=chain.rule,
@@ -283,12 +193,12 @@ def _preference_functions(
         gradients,
         tx,
         stage.optimizer.schedule(stage.steps, learning_rate=learning_rate),
-        model.log_probs,
+        log_probs,
         batch_changes=changes,
     )
     held_out, seen = (
         training.pair_diagnostics(
-            model.log_probs,
+            log_probs,
             objective,
             with_geometry=full,
             pair_rule=chain.rule,
@@ -306,9 +216,9 @@ def _preference_functions(
         return {f"{split}/{name}": v for split, m in found.items() for name, v in training.means(m).items()}
 
     def score(params: Params, pairs: PairBatch) -> jax.Array:
-        return training.score_pairs(model.log_probs, params, pairs, eval_batch)
+        return training.score_pairs(log_probs, params, pairs, eval_batch)
 
-    return _PreferenceFunctions(tx, step, score, diagnose)
+    return PreferenceFunctions(tx, step, score, diagnose)
 
 
 def _finish(
@@ -445,116 +355,6 @@ def prefer(
 
     identity = {"kind": "preference", **identity}
     return _finish(folder, identity, program.program, start, batches, step, tracker, evaluate, pairs.train.sources)
-
-
-class TrialRun(NamedTuple):
-    """One trial as its program takes it.
-
-    Attributes:
-      folder: its run folder.
-      start: the SFT model, which is its reference; the same object where trials share one.
-      seed: of the order of the batches.
-      tracker: makes the mirror of the run.
-    """
-
-    folder: RunFolder
-    start: Params
-    seed: int
-    tracker: Callable[[], training.Tracker] = training.NoTracker
-
-
-def prefer_trials(
-    runs: Sequence[TrialRun], program: TrialsProgram, pairs: PreferenceData, *, probe_pairs: int
-) -> list[TrainState | NonFiniteError]:
-    """Preference optimisation of many trials in one program, each in a run folder of its own; see ``prefer``.
-
-    Args:
-      runs: as many as the program has numbers for, in their order.
-      program: see trials_program.
-      pairs: both splits.
-      probe_pairs: as in ``prefer``.
-
-    Returns:
-      Final states, or what stopped a trial.
-
-    Raises:
-      UserError: another process trains in one of the folders.
-    """
-    train, held_out = (PairBatch(jnp.asarray(s.tokens), jnp.asarray(s.completion_mask)) for s in pairs)
-    count, stage = min(len(held_out.tokens), len(train.tokens)), program.stage
-    sharding = training.trials.trial_sharding(program.mesh)
-    starts = {id(run.start): run.start for run in runs}
-    scored = {
-        key: [np.asarray(program.score(start, split)) for split in (train, held_out)] for key, start in starts.items()
-    }
-    of_train, of_held_out = zip(*(scored[id(run.start)] for run in runs), strict=True)
-
-    def stack(parts: Sequence[Any]) -> Any:
-        return jax.device_put(training.trials.stacked(parts, program.devices), sharding)
-
-    references = (stack(of_held_out), stack([reference[:count] for reference in of_train]))
-    numbers = stack([training.trials.trial(program.numbers, place) for place in range(len(runs))])
-    probe = jax.tree.map(lambda leaf: leaf[:probe_pairs], held_out) if probe_pairs else None
-    seen = jax.tree.map(lambda leaf: leaf[:count], train)
-
-    def step(state: TrainState, batch: Any) -> Any:
-        return program.step(probe, numbers, state, batch)
-
-    def evaluate(state: TrainState) -> dict[str, jax.Array]:
-        return program.diagnose((held_out, seen), numbers, state.params, references, state.memory)
-
-    def batches(seed: int, reference: np.ndarray) -> training.Batches:
-        stream = data.pair_batches(pairs.train, stage.batch_size, seed)
-        return training.MappedBatches(stream, lambda batch, index: PreferenceExamples(batch, reference[index]))
-
-    return training.train_trials(
-        [run.folder for run in runs],
-        [
-            training.init_state(run.start, program.tx, memory(run.start))
-            for run, memory in zip(runs, program.memories, strict=True)
-        ],
-        step,
-        [batches(run.seed, reference) for run, reference in zip(runs, of_train, strict=True)],
-        stage,
-        evaluate=evaluate,
-        trackers=[run.tracker for run in runs],
-        label=f"preference, {len(runs)} {'trial' if len(runs) == 1 else 'trials'}",
-        sources=pairs.train.sources,
-        mesh=program.mesh,
-    )
-
-
-def memory_of_step(program: TrialsProgram, start: Params, pairs: PreferenceData, count: int, probe_pairs: int) -> int:
-    """Bytes that a step of so many trials takes on each device: its arguments, its results and what lies between.
-
-    Args:
-      program: of as many trials.
-      start: parameters of one.
-      pairs: both splits.
-      count: number of trials.
-      probe_pairs: as in ``prefer``.
-    """
-    count += -count % program.devices
-
-    def many(leaf: Any, sharding: Sharding | None = None) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, *jnp.shape(leaf)), jnp.result_type(leaf), sharding=sharding)
-
-    def placed(leaf: Any) -> jax.ShapeDtypeStruct:
-        return many(leaf, training.trials.trial_sharding(program.mesh))
-
-    def rows(number: int) -> PairBatch:
-        tokens, mask = (jax.ShapeDtypeStruct((number, *x.shape[1:]), x.dtype) for x in pairs.train[:2])
-        return PairBatch(tokens, mask)  # type: ignore[arg-type]
-
-    state = jax.eval_shape(lambda start: training.init_state(start, program.tx, program.memories[0](start)), start)
-    size = program.stage.batch_size
-    examples = PreferenceExamples(rows(size), jax.ShapeDtypeStruct((size, 2), jnp.float32))  # type: ignore[arg-type]
-    probe = rows(probe_pairs) if probe_pairs else None
-    numbers = training.trials.trial(program.numbers, 0)
-    numbers, state = jax.tree.map(placed, (numbers, state))
-    lowered = program.step.lower(probe, numbers, state, jax.tree.map(many, examples))  # as prefer_trials will call it
-    found = lowered.compile().memory_analysis()
-    return int(found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes)
 
 
 def _reference(

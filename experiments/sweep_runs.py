@@ -13,9 +13,25 @@ from entangle.training.run_folder import one_at_a_time
 from experiments.pair_config import identity
 from experiments.sweep import Overrides, Status, Trial, folder_of, open_sweep, plan, status, waiting
 from experiments.sweep import summary as summaries
+from experiments.sweep.trials import fingerprint
 from experiments.sweep_config import SweepConfig
 from experiments.trial_config import TrialConfig
 
+CHECKED = (
+    *(
+        "objective",
+        "objective_args",
+        "pair_chain",
+        "pair_chain_args",
+        "data",
+        "held_out",
+        "pair_set",
+        "masks",
+        "sparsity",
+    ),
+    *("layers", "max_length", "eval_batch", "train_pairs", "held_out_pairs", "probe_pairs"),
+)
+"""Fields of a trial that can be wrong without any data being read; all but the stages, which check themselves."""
 Measure = Callable[[Path, Sequence[Trial[TrialConfig]]], None]
 
 
@@ -80,7 +96,7 @@ def _check(trials: Sequence[Trial[TrialConfig]]) -> None:
     seen = set()
     for trial in trials:
         config = trial.config
-        key = (config.objective, *sorted(config.objective_args.items()), config.pair_chain, config.pair_set)
+        key = fingerprint({name: getattr(config, name) for name in CHECKED})
         if key not in seen:
             seen.add(key)
             trial_data.check(config)

@@ -25,6 +25,9 @@ class TrialConfig(CorpusSettings):
       held_out: a second preference file to evaluate on; without it every eighth prompt is held out.
       sft_first: whether SFT on the chosen responses comes before; else the base model is start and reference.
       seed: order of the SFT and preference batches.
+      masks: tokens of a response that are left out in training: none; oracle, those that both responses have at one place;
+        learned, what sparse masks leave out that are trained with the policy by DPO (the paper's second remedy).
+      sparsity: weight of the L1 term on learned masks, a token.
       layers: whether evaluations also tell the geometry of every layer.
     """
 
@@ -33,6 +36,8 @@ class TrialConfig(CorpusSettings):
     held_out: str = ""
     sft_first: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
     seed: int = 0
+    masks: str = "none"
+    sparsity: float = 1e-3
     layers: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from entangle import data, losses, models
@@ -9,6 +11,7 @@ from entangle.errors import UserError
 from experiments import pair_data, preferences, sentiment_data
 from experiments.sentiment_data import Materials
 from experiments.trial_config import TrialConfig
+from experiments.trial_masks import MASKS
 
 
 def check(config: TrialConfig) -> None:
@@ -29,6 +32,16 @@ def check(config: TrialConfig) -> None:
     known = sentiment_data.known_sets()
     if config.pair_set not in known:
         raise UserError(f"unknown pair set {config.pair_set!r}: choose from {', '.join(known)}")
+    if config.masks not in MASKS:
+        raise UserError(f"unknown masks {config.masks!r}: choose from {', '.join(MASKS)}")
+    usual = TrialConfig.sparsity
+    if config.masks != "learned" and config.sparsity != usual:
+        raise UserError(f"sparsity {config.sparsity:g} has no effect: masks are {config.masks}, not learned")
+    if not (math.isfinite(config.sparsity) and config.sparsity >= 0):
+        raise UserError(f"sparsity {config.sparsity}: it must be 0 or more")
+    if config.masks == "learned" and (config.objective != "dpo" or config.layers):
+        what = "layers are not told" if config.objective == "dpo" else f"objective {config.objective!r}"
+        raise UserError(f"{what}: learned masks are trained by dpo, without layers")
     if not config.from_file and config.held_out:
         raise UserError(f"--held-out {config.held_out} has no effect: --data {config.data} is no preference file")
 

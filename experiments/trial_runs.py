@@ -17,7 +17,7 @@ from entangle.models import LanguageModel
 from entangle.training import RunFolder
 from entangle.training.run_folder import one_at_a_time
 from entangle.types import Params
-from experiments import stages, trial_data
+from experiments import stages, trial_data, trial_programs
 from experiments.base_models import base_model
 from experiments.pair_config import identity
 from experiments.sentiment_data import Materials
@@ -26,7 +26,7 @@ from experiments.sweep.trials import FAILED, fingerprint
 from experiments.sweep_config import Packing
 from experiments.trial_config import STARTS, TrialConfig, base_fingerprint, data_fingerprint, start_fingerprint
 
-NUMBERS = ("objective", "objective_args", "seed")
+NUMBERS = ("objective", "objective_args", "seed", "sparsity")
 """Fields that are numbers of a program, beside the preference stage's learning rate."""
 
 TrialOf = Trial[TrialConfig]
@@ -122,9 +122,10 @@ def finished(out: Path, trials: Sequence[TrialOf]) -> Iterator[tuple[TrialOf, Mo
         for trial in same:
             program = _program([trial], ground, Packing())
             start = starts[start_fingerprint(trial.config)]
-            state = training.init_state(start, program.tx, program.memories[0](start))
+            state = program.begin(0, start)
             pairs = ground.materials.pairs[trial_data.name_of_pairs(trial.config)]
             end = training.final_params(folder_of(out, trial), state)
+            end = end["policy"] if trial.config.masks == "learned" else end
             yield trial, Models(ground.materials.model, pairs, start, end)
 
 
@@ -151,16 +152,16 @@ def _run_group(
                 continue
             config = pack[0].config
             pairs = ground.materials.pairs[trial_data.name_of_pairs(config)]
-            ends = stages.prefer_trials(runs, program, pairs, probe_pairs=config.probe_pairs)
+            ends = trial_programs.prefer_trials(runs, program, pairs, probe_pairs=config.probe_pairs)
             for trial, end in zip(mine, ends, strict=True):
                 if isinstance(end, NonFiniteError):
                     mark_failed(folder_of(out, trial), str(end))
                     print(f"failed: {trial.name}: {end}")
 
 
-def _program(pack: Sequence[TrialOf], ground: _Ground, packing: Packing) -> stages.TrialsProgram:
+def _program(pack: Sequence[TrialOf], ground: _Ground, packing: Packing) -> trial_programs.TrialsProgram:
     config, devices = pack[0].config, min(jax.device_count(), len(pack))
-    return stages.trials_program(
+    return trial_programs.trials_program(
         ground.materials.model,
         config.preference,
         [(trial.config.objective, trial.config.objective_args) for trial in pack],
@@ -168,6 +169,8 @@ def _program(pack: Sequence[TrialOf], ground: _Ground, packing: Packing) -> stag
         training.pair_chain(config.pair_chain, **config.pair_chain_args),
         changes=config.changes,
         layers=config.layers,
+        masks=config.masks,
+        sparsities=[trial.config.sparsity for trial in pack],
         eval_batch=config.eval_batch,
         mesh=training.trial_mesh(jax.devices()[:devices]) if devices > 1 else None,
         side_by_side=packing.side_by_side or None,
@@ -177,7 +180,7 @@ def _program(pack: Sequence[TrialOf], ground: _Ground, packing: Packing) -> stag
 @contextlib.contextmanager
 def _locked(
     out: Path, pack: Sequence[TrialOf], ground: _Ground, starts: Mapping[str, Params], tracker: stages.TrackerFactory
-) -> Iterator[tuple[list[TrialOf], list[stages.TrialRun]]]:
+) -> Iterator[tuple[list[TrialOf], list[trial_programs.TrialRun]]]:
     """The trials that no other process trains or has ended by now, their folders locked."""
     with contextlib.ExitStack() as stack:
         mine, runs = [], []
@@ -196,7 +199,7 @@ def _locked(
             (folder.path / FAILED).unlink(missing_ok=True)
             mine.append(trial)
             made = _tracker(tracker, folder, config)
-            runs.append(stages.TrialRun(folder, starts[key], trial.config.seed, made))
+            runs.append(trial_programs.TrialRun(folder, starts[key], trial.config.seed, made))
         yield mine, runs
 
 
@@ -217,7 +220,7 @@ def _run_config(trial: TrialOf, ground: _Ground, start: str) -> dict[str, Any]:
 
 def _fitting(
     pack: Sequence[TrialOf],
-    program: stages.TrialsProgram,
+    program: trial_programs.TrialsProgram,
     ground: _Ground,
     starts: Mapping[str, Params],
     packing: Packing,
@@ -229,7 +232,7 @@ def _fitting(
     config = pack[0].config
     pairs = ground.materials.pairs[trial_data.name_of_pairs(config)]
     start = starts[start_fingerprint(config)]
-    needed = stages.memory_of_step(program, start, pairs, len(pack), config.probe_pairs)
+    needed = trial_programs.memory_of_step(program, start, pairs, len(pack), config.probe_pairs)
     return len(pack) if needed <= budget else max(1, int(len(pack) * budget / needed))
 
 

@@ -12,7 +12,7 @@ import pytest
 from entangle import data, losses, models, training
 from entangle.errors import NonFiniteError, UserError
 from entangle.training import OptimizerConfig, StageConfig, read_metrics
-from experiments import figures, margin_objectives, stages, trial_data, trial_runs
+from experiments import figures, margin_objectives, stages, trial_data, trial_programs, trial_runs
 from experiments.pair_config import identity
 from experiments.sweep import Status, folder_of, plan, product, status
 from experiments.sweep_config import Packing
@@ -153,8 +153,10 @@ def not_trained(monkeypatch):
         packs.append([run.folder.path.name for run in runs])
         return [NonFiniteError("step 1: not trained here")] * len(runs)
 
-    monkeypatch.setattr(stages, "prefer_trials", prefer_trials)
-    monkeypatch.setattr(stages, "memory_of_step", lambda program, start, pairs, count, probe_pairs: count * 2**29)
+    monkeypatch.setattr(trial_programs, "prefer_trials", prefer_trials)
+    monkeypatch.setattr(
+        trial_programs, "memory_of_step", lambda program, start, pairs, count, probe_pairs: count * 2**29
+    )
     return packs
 
 
@@ -196,7 +198,7 @@ def test_the_compiler_says_what_a_step_takes():
 
     def needed(count, side_by_side):
         chain = training.pair_chain("margin")
-        program = stages.trials_program(
+        program = trial_programs.trials_program(
             model,
             CONFIG.preference,
             [("dpo", {})] * count,
@@ -205,7 +207,7 @@ def test_the_compiler_says_what_a_step_takes():
             changes=False,
             side_by_side=side_by_side,
         )
-        return stages.memory_of_step(program, params, stages.PreferenceData(encoded, encoded), count, 2)
+        return trial_programs.memory_of_step(program, params, stages.PreferenceData(encoded, encoded), count, 2)
 
     state = 4 * sum(leaf.size for leaf in jax.tree.leaves(params)) * 3  # parameters and two moments
     one, in_turn, at_once = needed(1, 1), needed(4, 1), needed(4, 4)
@@ -247,6 +249,32 @@ def test_pair_sets_that_are_none_and_held_out_files_without_use_are_refused():
         trial_data.check(TrialConfig(pair_set="tweet"))
     with pytest.raises(UserError, match=r"--held-out x.jsonl has no effect"):
         trial_data.check(TrialConfig(held_out="x.jsonl"))
+    with pytest.raises(UserError, match=r"unknown masks 'all': choose from none, oracle, learned"):
+        trial_data.check(TrialConfig(masks="all"))
+    with pytest.raises(UserError, match=r"sparsity 0.5 has no effect: masks are oracle, not learned"):
+        trial_data.check(TrialConfig(masks="oracle", sparsity=0.5))
+    with pytest.raises(UserError, match=r"objective 'ipo': learned masks are trained by dpo"):
+        trial_data.check(TrialConfig(masks="learned", objective="ipo"))
+
+
+@pytest.mark.parametrize("masks", ["oracle", "learned"])
+def test_masks_are_trained_with_and_told(together, tmp_path, masks):
+    whole, _ = together
+    shutil.copytree(whole / "starts", tmp_path / "starts")
+    points = [{"objective_args.beta": beta, "masks": masks, "seed": 0} for beta in (0.1, 0.4)]
+    points += [{"masks": "learned", "sparsity": 0.5, "seed": 0}] if masks == "learned" else []
+    trials = planned(tmp_path, points)
+    assert len(trial_runs.groups(tmp_path, trials)) == 1
+    trial_runs.run(tmp_path, trials, no_tracker)
+    first, last = (records(tmp_path, trial)[-1] for trial in (trials[0], trials[-1]))
+    assert (first["step"], last["step"]) == (4, 4)
+    begun = records(tmp_path, trials[0])[0]
+    assert begun["eval/log_ratio/chosen"] == begun["eval_train/log_ratio/chosen"] == 0.0  # evaluated on all tokens
+    assert ("eval/mask/shared" in first) == (masks == "learned")
+    if masks == "learned":
+        assert last["eval/mask/shared"] < first["eval/mask/shared"] < 0.89  # the L1 term takes them down
+        (_, found), *_ = trial_runs.finished(tmp_path, trials[:1])
+        assert jax.tree.structure(found.end) == jax.tree.structure(found.start)
 
 
 def small(out, **changes):
