@@ -172,7 +172,7 @@ class RunFolder:
         if self._locked:
             yield
             return
-        with (self.path / LOCK).open("w") as file:
+        with (self.path / LOCK).open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -208,7 +208,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("w")
+        file = (folder / LOCK).open("a")
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
     with file:

@@ -272,7 +272,8 @@ def test_masks_are_trained_with_and_told(together, tmp_path, masks):
     assert begun["eval/log_ratio/chosen"] == begun["eval_train/log_ratio/chosen"] == 0.0  # evaluated on all tokens
     assert ("eval/mask/shared" in first) == (masks == "learned")
     if masks == "learned":
-        assert last["eval/mask/shared"] < first["eval/mask/shared"] < 0.89  # the L1 term takes them down
+        assert max(last["eval/mask/shared"], first["eval/mask/shared"]) < begun["eval/mask/shared"]  # the L1 term
+        assert last["loss"] > 2 * first["loss"]  # its weight is the trial's own
         (_, found), *_ = trial_runs.finished(tmp_path, trials[:1])
         assert jax.tree.structure(found.end) == jax.tree.structure(found.start)
 
