@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from entangle import training
 from entangle.errors import UserError
@@ -13,10 +17,12 @@ from entangle.training.run_folder import one_at_a_time
 from experiments.pair_config import identity
 from experiments.sweep import Overrides, Status, Trial, folder_of, open_sweep, plan, status, waiting
 from experiments.sweep import summary as summaries
+from experiments.sweep.trials import FAILED
 from experiments.sweep_config import SweepConfig
 from experiments.trial_config import TrialConfig
 
 Measure = Callable[[Path, Sequence[Trial[TrialConfig]]], None]
+Launch = Callable[[Path, Sequence[Trial[TrialConfig]]], None]
 
 
 def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], measure: Measure | None = None) -> list[Path]:
@@ -32,20 +38,24 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], measure: 
       These files; none where trials are left to other shares or processes.
 
     Raises:
-      UserError: bad input; nothing has been overwritten.
+      UserError: bad input, or machines that cannot be reached; nothing has been overwritten.
+      UnfinishedError: machines died too often; all that could be run is over.
     """
+    if settings.ray.address:
+        jax.config.update("jax_platforms", "cpu")  # this process trains nothing: accelerators are left to the tasks
     place, shares = settings.shares()
     trials = plan(settings.trial, points, identity, settings.out)
     if not trials:
         raise UserError("the sweep has no trials")
     todo = waiting(settings.out, trials[place - 1 :: shares], retry_failed=settings.retry_failed)
     _check(todo)
-    folder = open_sweep(settings.out, kind, identity(settings.trial))
-    print(f"{kind}: {len(trials)} trials, {len(todo)} to run; output: {settings.out}")
-    if todo:
-        from experiments import trial_runs
-
-        trial_runs.run(settings.out, todo, _trackers(settings, kind), settings.packing)
+    with _launcher(settings, kind) if todo else contextlib.nullcontext() as launch:
+        folder = open_sweep(settings.out, kind, identity(settings.trial))
+        print(f"{kind}: {len(trials)} trials, {len(todo)} to run; output: {settings.out}", flush=True)
+        for trial in todo:
+            (folder_of(settings.out, trial) / FAILED).unlink(missing_ok=True)
+        if launch is not None:
+            launch(settings.out, todo)
     standing = [status(folder_of(settings.out, trial)) for trial in trials]
     if not set(standing) <= {Status.DONE, Status.FAILED}:
         print(f"{sum(s in (Status.NEW, Status.BEGUN) for s in standing)} trials are not over yet: no figures")
@@ -62,6 +72,21 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], measure: 
         files = [summaries.write(settings.out), *figures.redraw(settings.out)]
         folder.mark_done({"files": [str(file.relative_to(settings.out)) for file in files]})
     return files
+
+
+@contextlib.contextmanager
+def _launcher(settings: SweepConfig, kind: str) -> Iterator[Launch]:
+    """What runs trials: this process, or a cluster for as long as this process is connected to it."""
+    from experiments import trial_runs  # what trains takes seconds to import
+
+    tracker, packing = _trackers(settings, kind), settings.packing
+    if not settings.ray.address:
+        yield functools.partial(trial_runs.run, tracker=tracker, packing=packing)
+        return
+    from experiments import ray_cluster, sweep_ray
+
+    with ray_cluster.connected(settings.ray) as room:
+        yield functools.partial(sweep_ray.run, tracker=tracker, packing=packing, settings=settings.ray, room=room)
 
 
 def _trackers(settings: SweepConfig, kind: str) -> Callable[[Path, Mapping[str, Any]], training.Tracker]:
