@@ -102,6 +102,8 @@ class SweepConfig:
       ray: whether and how the trials are spread over machines.
       part: I/N runs the I-th of N shares of the trials alone (1/30, 2/30, ...), for array jobs on one file system; the figures
         are drawn by the last one to end.
+      export_wandb: file to write for W&B's agents (wandb sweep FILE.yaml), each of which runs one trial after another; nothing
+        else is done then.
       retry_failed: whether trials that failed are begun again.
       track: whether the runs are mirrored in W&B, grouped by sweep: offline, or online when a key is configured.
     """
@@ -113,6 +115,7 @@ class SweepConfig:
     packing: Packing = Packing()
     ray: OnRay = OnRay()
     part: str = ""
+    export_wandb: Path | None = None
     retry_failed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     track: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
 

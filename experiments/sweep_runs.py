@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import jax
 from entangle import training
 from entangle.errors import UserError
 from entangle.training.run_folder import one_at_a_time
+from experiments import sweep_wandb
 from experiments.pair_config import identity
 from experiments.sweep import Overrides, Status, Trial, folder_of, open_sweep, plan, status, waiting
 from experiments.sweep import summary as summaries
@@ -49,6 +51,8 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], measure: 
         raise UserError("the sweep has no trials")
     todo = waiting(settings.out, trials[place - 1 :: shares], retry_failed=settings.retry_failed)
     _check(todo)
+    if settings.export_wandb:
+        return [sweep_wandb.export(settings.export_wandb, kind, settings, len(trials))]
     with _launcher(settings, kind) if todo else contextlib.nullcontext() as launch:
         folder = open_sweep(settings.out, kind, identity(settings.trial))
         print(f"{kind}: {len(trials)} trials, {len(todo)} to run; output: {settings.out}", flush=True)
@@ -93,7 +97,14 @@ def _trackers(settings: SweepConfig, kind: str) -> Callable[[Path, Mapping[str, 
     if not settings.track:
         return lambda folder, config: training.NoTracker()
     group = f"{kind} {settings.out.resolve().name}"
-    return lambda folder, config: training.WandbTracker(folder, config, group=group)
+
+    def tracker(folder: Path, config: Mapping[str, Any]) -> training.Tracker:
+        # an agent of W&B has one run for a trial, and none for the models that trials start from
+        if os.environ.get("WANDB_SWEEP_ID") and config["kind"] != "preference":
+            return training.NoTracker()
+        return training.WandbTracker(folder, config, group=group)
+
+    return tracker
 
 
 def _check(trials: Sequence[Trial[TrialConfig]]) -> None:
