@@ -16,5 +16,9 @@ class NonFiniteError(FloatingPointError):
     """Training met a NaN or an infinity; the message names the step, the pairs and the last good checkpoint."""
 
 
+class UnfinishedError(RuntimeError):
+    """Machines failed before the work was over; the message says of how much, and the same command goes on."""
+
+
 class UnsupportedModelError(UserError):
     """A model does something for which no exact short form of the geometry is known; the message names the parameter."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from entangle import extras
-from entangle.errors import MissingExtraError, NonFiniteError, UserError
+from entangle.errors import MissingExtraError, NonFiniteError, UnfinishedError, UserError
 
 Config = TypeVar("Config")
 
@@ -119,7 +119,7 @@ def name_files(files: Sequence[Path]) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program: bad input ends in one line and status 2, a non-finite loss in one line and status 1.
+    """Run a program: bad input ends in one line and status 2; a non-finite loss, and machines that fail, in one and status 1.
 
     Example:
       >>> from experiments.command_line import run
@@ -130,7 +130,7 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, MissingExtraError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except NonFiniteError as error:
+    except (NonFiniteError, UnfinishedError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

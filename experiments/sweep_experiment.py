@@ -155,6 +155,6 @@ def refuse_unused(settings: SweepConfig, default: SweepConfig, swept: Sequence[s
     if trial.from_file:
         unused.append((("pair_set", "labels", "label_words"), f"the pairs are those of --trial.data {trial.data}"))
     if not trial.sft_first:
-        unused.append((("sft",), "--no-trial.sft-first leaves SFT out"))
+        unused.append((("sft",), "--trial.no-sft-first leaves SFT out"))
     for names, why in unused:
         command_line.refuse_unused(settings, default, [f"trial.{name}" for name in names], why)

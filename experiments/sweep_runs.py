@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from entangle import training
 from entangle.errors import UserError
 from entangle.training.run_folder import one_at_a_time
+from experiments import sweep_wandb
 from experiments.pair_config import identity
 from experiments.sweep import Overrides, Status, Trial, folder_of, open_sweep, plan, status, waiting
 from experiments.sweep import summary as summaries
-from experiments.sweep.trials import fingerprint
+from experiments.sweep.trials import FAILED, fingerprint
 from experiments.sweep_config import SweepConfig
 from experiments.trial_config import TrialConfig
 
 CHECKED = (
-    *(
-        "objective",
-        "objective_args",
-        "pair_chain",
-        "pair_chain_args",
-        "data",
-        "held_out",
-        "pair_set",
-        "masks",
-        "sparsity",
-    ),
-    *("layers", "max_length", "eval_batch", "train_pairs", "held_out_pairs", "probe_pairs"),
+    *("objective", "objective_args", "pair_chain", "pair_chain_args", "masks", "sparsity", "layers"),
+    *("data", "held_out", "pair_set", "max_length", "eval_batch", "train_pairs", "held_out_pairs", "probe_pairs"),
 )
 """Fields of a trial that can be wrong without any data being read; all but the stages, which check themselves."""
 Measure = Callable[[Path, Sequence[Trial[TrialConfig]]], None]
+Launch = Callable[[Path, Sequence[Trial[TrialConfig]]], None]
 
 
 def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], measure: Measure | None = None) -> list[Path]:
@@ -48,20 +45,26 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], measure: 
       These files; none where trials are left to other shares or processes.
 
     Raises:
-      UserError: bad input; nothing has been overwritten.
+      UserError: bad input, or machines that cannot be reached; nothing has been overwritten.
+      UnfinishedError: machines died too often; all that could be run is over.
     """
+    if settings.ray.address:
+        jax.config.update("jax_platforms", "cpu")  # this process trains nothing: accelerators are left to the tasks
     place, shares = settings.shares()
     trials = plan(settings.trial, points, identity, settings.out)
     if not trials:
         raise UserError("the sweep has no trials")
     todo = waiting(settings.out, trials[place - 1 :: shares], retry_failed=settings.retry_failed)
     _check(todo)
-    folder = open_sweep(settings.out, kind, identity(settings.trial))
-    print(f"{kind}: {len(trials)} trials, {len(todo)} to run; output: {settings.out}")
-    if todo:
-        from experiments import trial_runs
-
-        trial_runs.run(settings.out, todo, _trackers(settings, kind), settings.packing)
+    if settings.export_wandb:
+        return [sweep_wandb.export(settings.export_wandb, kind, settings, len(trials))]
+    with _launcher(settings, kind) if todo else contextlib.nullcontext() as launch:
+        folder = open_sweep(settings.out, kind, identity(settings.trial))
+        print(f"{kind}: {len(trials)} trials, {len(todo)} to run; output: {settings.out}", flush=True)
+        for trial in todo:
+            (folder_of(settings.out, trial) / FAILED).unlink(missing_ok=True)
+        if launch is not None:
+            launch(settings.out, todo)
     standing = [status(folder_of(settings.out, trial)) for trial in trials]
     if not set(standing) <= {Status.DONE, Status.FAILED}:
         print(f"{sum(s in (Status.NEW, Status.BEGUN) for s in standing)} trials are not over yet: no figures")
@@ -80,11 +83,33 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], measure: 
     return files
 
 
+@contextlib.contextmanager
+def _launcher(settings: SweepConfig, kind: str) -> Iterator[Launch]:
+    """What runs trials: this process, or a cluster for as long as this process is connected to it."""
+    from experiments import trial_runs  # what trains takes seconds to import
+
+    tracker, packing = _trackers(settings, kind), settings.packing
+    if not settings.ray.address:
+        yield functools.partial(trial_runs.run, tracker=tracker, packing=packing)
+        return
+    from experiments import ray_cluster, sweep_ray
+
+    with ray_cluster.connected(settings.ray) as room:
+        yield functools.partial(sweep_ray.run, tracker=tracker, packing=packing, settings=settings.ray, room=room)
+
+
 def _trackers(settings: SweepConfig, kind: str) -> Callable[[Path, Mapping[str, Any]], training.Tracker]:
     if not settings.track:
         return lambda folder, config: training.NoTracker()
     group = f"{kind} {settings.out.resolve().name}"
-    return lambda folder, config: training.WandbTracker(folder, config, group=group)
+
+    def tracker(folder: Path, config: Mapping[str, Any]) -> training.Tracker:
+        # an agent of W&B has one run for a trial, and none for the models that trials start from
+        if os.environ.get("WANDB_SWEEP_ID") and config["kind"] != "preference":
+            return training.NoTracker()
+        return training.WandbTracker(folder, config, group=group)
+
+    return tracker
 
 
 def _check(trials: Sequence[Trial[TrialConfig]]) -> None:

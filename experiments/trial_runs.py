@@ -21,8 +21,8 @@ from experiments import stages, trial_data, trial_programs
 from experiments.base_models import base_model
 from experiments.pair_config import identity
 from experiments.sentiment_data import Materials
-from experiments.sweep import Trial, folder_of, mark_failed, waiting
-from experiments.sweep.trials import FAILED, fingerprint
+from experiments.sweep import Status, Trial, folder_of, mark_failed, status, waiting
+from experiments.sweep.trials import fingerprint
 from experiments.sweep_config import Packing
 from experiments.trial_config import STARTS, TrialConfig, base_fingerprint, data_fingerprint, start_fingerprint
 
@@ -52,6 +52,12 @@ def groups(out: Path, trials: Sequence[TrialOf]) -> list[list[TrialOf]]:
     for trial in trials:
         found.setdefault(_program_key(out, trial), []).append(trial)
     return list(found.values())
+
+
+def prepared(out: Path, trials: Sequence[TrialOf]) -> bool:
+    """Whether the base and SFT models are there that the trials start from."""
+    folders = [_sft_folder(out, t.config) if t.config.sft_first else _base_folder(out, t.config) for t in trials]
+    return all(status(folder) is Status.DONE for folder in folders)
 
 
 def prepare(out: Path, trials: Sequence[TrialOf], tracker: stages.TrackerFactory) -> None:
@@ -196,7 +202,6 @@ def _locked(
                 continue
             if folder.done:
                 continue
-            (folder.path / FAILED).unlink(missing_ok=True)
             mine.append(trial)
             made = _tracker(tracker, folder, config)
             runs.append(trial_programs.TrialRun(folder, starts[key], trial.config.seed, made))
@@ -250,15 +255,23 @@ def _memory() -> int:
 
 def _made(out: Path, trials: Sequence[TrialOf], tracker: stages.TrackerFactory) -> tuple[_Ground, dict[str, Params]]:
     """What trials on the same pairs start from; made by the first process that comes, others wait for it."""
-    with one_at_a_time(out / STARTS):
-        ground = _ground(out, trials[0].config, tracker)
-        return ground, _starts(out, trials, ground, tracker)
+    ground = _ground(out, trials[0].config, tracker)
+    return ground, _starts(out, trials, ground, tracker)
+
+
+def _base_folder(out: Path, config: TrialConfig) -> Path:
+    return out / STARTS / f"base-{base_fingerprint(config)}"
+
+
+def _sft_folder(out: Path, config: TrialConfig) -> Path:
+    return out / STARTS / f"sft-seed{config.seed}-{start_fingerprint(config)}"
 
 
 def _ground(out: Path, config: TrialConfig, tracker: stages.TrackerFactory) -> _Ground:
     materials = trial_data.gather(config)
-    folder = out / STARTS / f"base-{base_fingerprint(config)}"
-    return _Ground(materials, base_model(folder, config.base, config.max_length, materials, tracker))
+    with one_at_a_time(out / STARTS):
+        base = base_model(_base_folder(out, config), config.base, config.max_length, materials, tracker)
+    return _Ground(materials, base)
 
 
 def _starts(out: Path, trials: Sequence[TrialOf], ground: _Ground, tracker: stages.TrackerFactory) -> dict[str, Params]:
@@ -277,10 +290,16 @@ def _starts(out: Path, trials: Sequence[TrialOf], ground: _Ground, tracker: stag
         name = trial_data.name_of_pairs(config)
         both = ground.materials.pairs[name]
         told = {"pair_set": name, "seed": config.seed, "data": stages.digest(*both.train[:2])}
-        folder = out / STARTS / f"sft-seed{config.seed}-{key}"
-        found[key] = stages.supervise(
-            folder, ground.materials.model, programs[config.sft], ground.base, both.train, told, tracker
-        )
+        with one_at_a_time(out / STARTS):
+            found[key] = stages.supervise(
+                _sft_folder(out, config),
+                ground.materials.model,
+                programs[config.sft],
+                ground.base,
+                both.train,
+                told,
+                tracker,
+            )
     return found
 
 

@@ -216,6 +216,29 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
+def in_use(path: str | os.PathLike[str]) -> bool:
+    """Whether a process is training in a folder, or was when this looked.
+
+    Example:
+      >>> import tempfile
+      >>> from entangle.training.run_folder import RunFolder, in_use
+      >>> run = RunFolder(tempfile.mkdtemp(), {"seed": 0})
+      >>> with run.locked():
+      ...     in_use(run.path)
+      True
+      >>> in_use(run.path)
+      False
+    """
+    try:
+        with (Path(path) / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def check_folder(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse a folder that cannot become or continue this run.
 
