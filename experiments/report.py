@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import claims, pair_figures
@@ -197,21 +198,26 @@ def _pictures(runs: Runs, out: Path) -> str:
     return "\n\n".join(["## Figures", *(f"![{name}](figures/{name}.png)" for name in names)])
 
 
-def provenance(out: Path, rows: str = "metrics.jsonl with every step of each run") -> str:
+def provenance(
+    out: Path, rows: str = "metrics.jsonl with every step of each run", trained_in: Sequence[Path] = ()
+) -> str:
     """The report's last section: commit, versions, devices.
 
     Args:
       out: the experiment's folder.
       rows: what its folder has beside the configuration.
+      trained_in: run folders whose devices are named, where other processes than the experiment's own trained.
     """
     environments = read_json(out / "environment.json")
     environment = environments[-1]
     more = f" (the last of {len(environments)} environments)" if len(environments) > 1 else ""
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     changed = " with uncommitted changes" if environment["git_changed"] else ""
+    trained = [read_json(folder / "environment.json")[-1] for folder in trained_in] or [environment]
+    devices = " or ".join(dict.fromkeys(", ".join(each["devices"]) for each in trained))
     return (
         "## Where this comes from\n\n"
         f"Commit {environment['git_commit']}{changed}{more}; {packages}; Python {environment['python']}; "
-        f"devices {', '.join(environment['devices'])}. The plotted "
+        f"devices {devices}. The plotted "
         f"numbers are in figures/*.csv; the run's own folder has config.json, and {rows}."
     )

@@ -12,6 +12,7 @@ from experiments.claims import Verdict
 from experiments.report import provenance
 from experiments.run_tables import spread
 from experiments.sweep import summary
+from experiments.sweep.trials import TRIALS
 from experiments.sweep_figures import coefficient_ratio
 from experiments.sweep_tables import Group, Sweep
 
@@ -50,7 +51,8 @@ def write(
       The file.
     """
     parts = [_head(sweep, title), _claims(verdicts, notes), *sections, _groups(sweep), _pictures(out, pictures)]
-    parts += [_failed(sweep), _trials(out), provenance(out)]
+    trained_in = sorted(path.parent for path in out.glob(f"{TRIALS}/*/environment.json"))
+    parts += [_failed(sweep), _trials(out), provenance(out, trained_in=trained_in)]
     file = out / "report.md"
     file.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
     return file

@@ -9,6 +9,7 @@ import pytest
 from entangle.errors import UserError
 from entangle.training import RunFolder
 from experiments.pair_config import identity
+from experiments.report import provenance
 from experiments.sweep import (
     Status,
     folder_of,
@@ -183,3 +184,14 @@ def test_a_run_folder_that_is_no_json_is_named(tmp_path):
     with pytest.raises(UserError, match=r"config.json cannot be read as JSON"):
         summary.rows(tmp_path)
     assert json.loads((folder_of(tmp_path, trial) / "done.json").read_text())["step"] == 2
+
+
+def test_a_report_names_the_devices_that_trials_were_trained_on(tmp_path):
+    known = {"git_commit": "abc", "git_changed": False, "packages": {}, "python": "3"}
+    folders = [tmp_path, *(tmp_path / str(trial) for trial in range(3))]
+    devices = [["cpu:cpu"], ["cuda:x", "cuda:x"], ["cuda:x", "cuda:x"], ["cuda:y"]]
+    for folder, found in zip(folders, devices, strict=True):
+        folder.mkdir(exist_ok=True)
+        (folder / "environment.json").write_text(json.dumps([{**known, "devices": found}]))
+    assert "devices cpu:cpu. The" in provenance(tmp_path)
+    assert "devices cuda:x, cuda:x or cuda:y. The" in provenance(tmp_path, trained_in=folders[1:])

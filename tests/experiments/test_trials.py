@@ -14,7 +14,7 @@ from entangle.errors import NonFiniteError, UserError
 from entangle.training import OptimizerConfig, StageConfig, read_metrics
 from experiments import figures, margin_objectives, stages, trial_data, trial_programs, trial_runs
 from experiments.pair_config import identity
-from experiments.sweep import Status, folder_of, plan, product, status
+from experiments.sweep import Status, folder_of, mark_failed, plan, product, status, waiting
 from experiments.sweep_config import Packing
 from experiments.trial_config import TrialConfig, base_fingerprint, start_fingerprint
 
@@ -313,6 +313,19 @@ def test_shares_together_are_the_sweep(tmp_path, monkeypatch):
         assert bool(files) == (place == 3)
         assert len(run) == 2 * place
     assert len(set(run)) == 6
+
+
+def test_what_failed_is_begun_again_when_that_is_asked_for(tmp_path, monkeypatch):
+    run = []
+    monkeypatch.setattr(trial_runs, "run", lambda out, trials, tracker, packing: run.append(waiting(out, trials)))
+    settings = small(tmp_path / "out", objectives=("dpo", "ipo"), seeds=1)
+    failed, other = plan(settings.trial, margin_objectives.sweep(settings), identity)
+    margin_objectives.run(settings)
+    folder_of(settings.out, failed).mkdir(parents=True)
+    mark_failed(folder_of(settings.out, failed), "step 3")
+    for retry in (False, True):
+        margin_objectives.run(dataclasses.replace(settings, retry_failed=retry))
+    assert run == [[failed, other], [other], [failed, other]]
 
 
 @pytest.mark.parametrize(
