@@ -52,7 +52,7 @@ def presets() -> dict[str, TokenOverlapConfig]:
     optimizer = OptimizerConfig(learning_rate=2e-4)
     stage = dataclasses.replace(LAPTOP.preference, steps=60, optimizer=optimizer, eval_every=20, checkpoint_every=60)
     base = dataclasses.replace(LAPTOP.base, steps=600)
-    trial = dataclasses.replace(LAPTOP, probe_pairs=0, base=base, preference=stage)
+    trial = dataclasses.replace(LAPTOP, held_out_pairs=256, probe_pairs=0, base=base, preference=stage)
     return sweep_experiment.presets(TokenOverlapConfig(trial=trial), seeds=1)
 
 
