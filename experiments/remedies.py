@@ -12,7 +12,11 @@ stable. Pairs are those of ``long_suffix``: gradients of responses that share mo
 unlike tweets hardly.
 
 Command: ``python -m experiments.remedies --out DIR``; ``--preset tweets --trial.data FOLDER`` (TweetEval's layout),
-``--preset hh-rlhf --trial.data FILE.jsonl``.
+``--preset hh-rlhf --trial.data FILE.jsonl``; ``--objectives dpo simpo ipo`` for more objectives.
+Hardware and time: two CPU cores; not timed on idle ones.
+Result: experiments/results/remedies/report.md (three seeds, 45 of 54 trials: without protect_chosen, and one_sided under SGD
+alone): pairwise_normalized and one_sided end above plain margin in every seed; no rule keeps the probe from falling at every
+step.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ every overlap occurs; and ``tweets``, unlike in nearly all tokens.
 Command: ``python -m experiments.token_overlap --out DIR``; ``--preset tweets --trial.data FOLDER`` (TweetEval's layout),
 ``--preset hh-rlhf --trial.data FILE.jsonl``.
 Output: beside the figures and the report ``pairs.csv`` in every trial's folder, a row for every held-out pair.
+Hardware and time: meant for two CPU cores; not timed.
+Result: none yet at the laptop's size.
 """
 
 from __future__ import annotations
