@@ -6,6 +6,8 @@ entanglement sits, and which layers turn as training goes on.
 
 Command: ``python -m experiments.layerwise --out DIR``; ``--preset tweets --trial.data FOLDER`` (TweetEval's layout),
 ``--preset hh-rlhf --trial.data FILE.jsonl``.
+Hardware and time: meant for two CPU cores; not timed.
+Result: none yet at the laptop's size.
 """
 
 from __future__ import annotations

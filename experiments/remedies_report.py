@@ -92,10 +92,11 @@ def _higher(where: str, methods: Mapping[str, Group]) -> list[Verdict]:
         text = f"{where}: {name} ends with a higher chosen log-probability than margin"
         found.append(Verdict(text, source, judge(end > 0), f"difference {spread(end, 'nats')}"))
         like = at_like_margins(group, plain)
-        numbers = f"difference {spread(like, 'nats')}" if np.isfinite(like).all() else "a margin has not grown"
-        found.append(
-            Verdict(f"{where}: {name} is higher also where margins are alike", source, judge(like > 0), numbers)
-        )
+        text = f"{where}: {name} is higher also where margins are alike"
+        if np.isfinite(like).all():
+            found.append(Verdict(text, source, judge(like > 0), f"difference {spread(like, 'nats')}"))
+        else:
+            found.append(Verdict(text, source, "not judged", "in a seed a margin has not grown"))
     return found
 
 

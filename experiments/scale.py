@@ -8,6 +8,8 @@ Sizes are those of ``models.PRESETS``; a larger model also learns more in the sa
 
 Command: ``python -m experiments.scale --out DIR``; ``--preset tweets --trial.data FOLDER`` (TweetEval's layout),
 ``--preset hh-rlhf --trial.data FILE.jsonl``; ``--models tiny mini small gpt2`` on an accelerator.
+Hardware and time: meant for two CPU cores; not timed.
+Result: none yet at the laptop's size.
 """
 
 from __future__ import annotations

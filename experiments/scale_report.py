@@ -143,7 +143,10 @@ def _figure(sweep: Sweep, sizes: Mapping[str, int], folder: Path) -> Path:
             axes.set_xscale("log")
             axes.set_xticks([], minor=True)
             axes.set_xticks(
-                counts, [f"{sizes[label]:.2g}\n{label}" for label in sweep.groups], fontsize=7, parse_math=False
+                counts,
+                [f"{sizes[label] / 1e6:.3g} M\n{Path(label).name}" for label in sweep.groups],
+                fontsize=7,
+                parse_math=False,
             )
             axes.set_title(name, fontsize=8, parse_math=False)
             axes.set_xlabel("parameters")

@@ -115,6 +115,7 @@ def dots(
             named.add(name)
     axes.axvline(origin, color="black", linewidth=0.8)
     axes.set_yticks(range(len(ends)), list(ends), parse_math=False)
+    axes.set_ylim(-0.5, len(ends) - 0.5)
     axes.grid(axis="y", visible=False)
 
 

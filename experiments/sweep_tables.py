@@ -36,7 +36,7 @@ class Group(NamedTuple):
     config: dict[str, Any]
     seeds: list[int]
     records: list[list[dict[str, Any]]]
-    names: list[str] = []  # noqa: RUF012
+    names: tuple[str, ...] = ()
 
     def curve(self, metric: str) -> Curve:
         """A metric over the steps, one row a seed."""
@@ -96,7 +96,7 @@ def read_sweep(out: Path) -> Sweep:
             if called == label
         )
         records = [read_metrics(out / TRIALS / name) for _, name, _ in mine]
-        groups[label] = Group(mine[0][2], [seed for seed, _, _ in mine], records, [name for _, name, _ in mine])
+        groups[label] = Group(mine[0][2], [seed for seed, _, _ in mine], records, tuple(name for _, name, _ in mine))
     return Sweep(
         config["kind"],
         config["base"],

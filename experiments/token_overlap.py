@@ -11,6 +11,8 @@ every overlap occurs; and ``tweets``, unlike in nearly all tokens.
 Command: ``python -m experiments.token_overlap --out DIR``; ``--preset tweets --trial.data FOLDER`` (TweetEval's layout),
 ``--preset hh-rlhf --trial.data FILE.jsonl``.
 Output: beside the figures and the report ``pairs.csv`` in every trial's folder, a row for every held-out pair.
+Hardware and time: meant for two CPU cores; not timed.
+Result: none yet at the laptop's size.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def presets() -> dict[str, TokenOverlapConfig]:
     optimizer = OptimizerConfig(learning_rate=2e-4)
     stage = dataclasses.replace(LAPTOP.preference, steps=60, optimizer=optimizer, eval_every=20, checkpoint_every=60)
     base = dataclasses.replace(LAPTOP.base, steps=600)
-    trial = dataclasses.replace(LAPTOP, probe_pairs=0, base=base, preference=stage)
+    trial = dataclasses.replace(LAPTOP, held_out_pairs=256, probe_pairs=0, base=base, preference=stage)
     return sweep_experiment.presets(TokenOverlapConfig(trial=trial), seeds=1)
 
 

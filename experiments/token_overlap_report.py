@@ -187,13 +187,14 @@ def _scatter(label: str, by_seed: Mapping[int, Columns], path: Path) -> Path:
     figure = Figure(figsize=(8.4, 4.8), layout="constrained")
     grid = figure.subplots(len(OUTCOMES), len(PREDICTORS), sharex="col", sharey="row")
     first = next(iter(by_seed.values()))
+    for axes, (said, _) in zip(grid[-1], PREDICTORS.values(), strict=True):
+        axes.set_xlabel(said)
     for line, (outcome, what) in zip(grid, OUTCOMES.items(), strict=True):
-        for axes, (predictor, (said, colour)) in zip(line, PREDICTORS.items(), strict=True):
+        line[0].set_ylabel(what.replace(", ", ",\n").replace(" (", "\n("), fontsize=8)
+        for axes, (predictor, (_, colour)) in zip(line, PREDICTORS.items(), strict=True):
             axes.plot(first[predictor], first[outcome], "o", color=colour, markersize=3, alpha=0.6)
             rank = correlation(first[predictor], first[outcome])
             axes.set_title(f"rank correlation {rank:+.2f}" if np.isfinite(rank) else "all alike", fontsize=8)
-            axes.set_xlabel(said) if line is grid[-1] else None
-            axes.set_ylabel(what.replace(", ", ",\n").replace(" (", "\n("), fontsize=8) if axes is line[0] else None
     figure.suptitle(f"{label}: a dot is a held-out pair of seed {next(iter(by_seed))}", fontsize=9, parse_math=False)
     columns = list(first)
     rows = [

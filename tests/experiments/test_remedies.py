@@ -9,7 +9,9 @@ from experiments import remedies, remedies_figures, remedies_report
 from experiments.sweep_tables import Group, read_sweep
 from tests.experiments import fabricated
 
-SMALL = dataclasses.replace(remedies.presets()["laptop"], chains=("margin", "one_sided"), seeds=2)
+SMALL = dataclasses.replace(
+    remedies.presets()["laptop"], chains=("margin", "one_sided"), objectives=("dpo", "simpo"), seeds=2
+)
 
 
 def test_a_rule_with_a_length_of_its_own_has_its_own_rate_under_sgd():
@@ -28,6 +30,17 @@ def test_a_rule_with_a_length_of_its_own_has_its_own_rate_under_sgd():
         ("pairwise_normalized", "sgd"): 3 * sgd,
         ("pairwise_normalized", "adamw"): adamw,
     }
+
+
+def test_an_objective_beside_has_its_own_rate_under_sgd():
+    settings = dataclasses.replace(SMALL, beside=("cpo",), sgd_factors={"cpo": 0.5, "margin": 2.0})
+    rates = {
+        p["objective"]: p["preference.optimizer.learning_rate"]
+        for p in remedies.sweep(settings)
+        if p["pair_chain"] == "margin" and p["preference.optimizer.name"] == "sgd"
+    }
+    sgd = settings.learning_rates[0]
+    assert rates == {"dpo": 2 * sgd, "simpo": 2 * sgd, "cpo": 0.5 * sgd}
 
 
 def test_objectives_beside_are_by_margin_alone():
