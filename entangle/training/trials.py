@@ -66,8 +66,8 @@ def trial_sharding(mesh: Mesh | None = None) -> Sharding:
 
     Example:
       >>> from entangle import training
-      >>> training.trials.trial_sharding(training.trial_mesh()).spec
-      PartitionSpec('trial',)
+      >>> training.trials.trial_sharding(training.trial_mesh()).spec[0]
+      'trial'
     """
     return SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, P(AXIS))
 
