@@ -16,10 +16,6 @@ NOT_EVALUATED = (("base.eval_every", "sft.eval_every"), "only preference optimis
 """Flags that every stage has and that change nothing, and why; for ``command_line.refuse_unused``."""
 
 
-LATER = {"layers": False}
-"""Fields of configurations that came when there were runs without them, and what these had done."""
-
-
 @dataclasses.dataclass(frozen=True)
 class PairSettings:
     """SFT and preference optimisation on pairs: what makes a run the run that it is.
@@ -93,10 +89,7 @@ def identity(settings: PairSettings) -> dict[str, Any]:
       ['data_dir', 'out', 'reference_cache', 'track']
     """
     left_out = ("out", "reference_cache", "data_dir", "track")
-    found = {k: v for k, v in dataclasses.asdict(settings).items() if k not in left_out}
-    # fields that came later: at what was done before them, a run is the run that it was
-    found = {k: v for k, v in found.items() if (k, v) not in LATER.items()}
-    return found | objective_identity(settings)
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in left_out} | objective_identity(settings)
 
 
 def objective_identity(settings: PairSettings) -> dict[str, Any]:

@@ -9,19 +9,12 @@ import pytest
 from entangle.errors import UserError
 from entangle.training import StageConfig, read_metrics
 from experiments import layerwise, layerwise_report
-from experiments.pair_config import identity
 from experiments.sweep.trials import TRIALS
 from experiments.sweep_tables import read_sweep
-from experiments.trial_config import TrialConfig
 from tests.experiments import fabricated
 
 NAMES = ["token_embedding", "position_embedding", "0.attention", "0.feed_forward", "10.attention", "final_norm"]
 SETTINGS = dataclasses.replace(layerwise.presets()["laptop"], pair_sets=("long_suffix", "tweets"), seeds=2)
-
-
-def test_layers_off_is_the_run_that_it_was():
-    assert "layers" not in identity(TrialConfig())
-    assert identity(TrialConfig(layers=True))["layers"] is True
 
 
 def records(config):
