@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 from entangle.errors import UserError
 from entangle.training import read_metrics
 from experiments.command_line import leaves
-from experiments.run_tables import Curve, curve
+from experiments.run_tables import Curve, curve, read_json
 from experiments.sweep import Status, read_trials
 from experiments.sweep.trials import TRIALS
 
@@ -78,10 +77,7 @@ def read_sweep(out: Path) -> Sweep:
     Raises:
       UserError: it holds no sweep, or no trial that is done.
     """
-    file = out / "config.json"
-    if not file.exists():
-        raise UserError(f"{out}: no sweep (config.json is missing)")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(out / "config.json")
     trials = read_trials(out)
     done = [trial for trial in trials if trial["status"] is Status.DONE]
     if not done:

@@ -41,7 +41,8 @@ def export(file: Path, kind: str, settings: SweepConfig, trials: int) -> Path:
     default = importlib.import_module(module).presets()[settings.preset]
     text = yaml.safe_dump(configuration(module, settings, default, trials), sort_keys=False)
     try:
-        file.write_text(text, encoding="utf-8")
+        with file.open("x", encoding="utf-8") as new:  # nothing is overwritten
+            new.write(text)
     except OSError as error:
         raise UserError(f"--export-wandb {file}: cannot be written ({error.strerror})") from None
     return file

@@ -152,10 +152,10 @@ def _run_group(
             program = _program(pack, ground, packing)
         left = left[len(pack) :]
         with _locked(out, pack, ground, starts, tracker) as (mine, runs):
-            if len(mine) < len(pack):
-                program = _program(mine, ground, packing) if mine else program
             if not mine:
                 continue
+            if len(mine) < len(pack):
+                program = _program(mine, ground, packing)
             config = pack[0].config
             pairs = ground.materials.pairs[trial_data.name_of_pairs(config)]
             ends = trial_programs.prefer_trials(runs, program, pairs, probe_pairs=config.probe_pairs)

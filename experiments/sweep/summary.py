@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
 
-from entangle.errors import UserError
 from entangle.training.run_folder import CONFIG, DONE, write_text
 from experiments.command_line import leaves
+from experiments.run_tables import read_json
 from experiments.sweep.trials import FAILED, TRIALS, Status, status
 
 FILE = "summary.csv"
@@ -88,9 +87,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    return dict(read_json(path)) if path.exists() else {}

@@ -69,7 +69,11 @@ def test_what_agents_decide_is_refused_and_files_that_cannot_be_written(fail, tm
     )
     gone = str(tmp_path / "gone" / "sweep.yaml")
     assert "cannot be written (No such file" in fail([*WORDS, "--export-wandb", gone], margin_objectives.main)
-    assert list(tmp_path.iterdir()) == []
+    there = tmp_path / "mine.yaml"
+    there.write_text("mine")
+    assert "cannot be written (File exists)" in fail([*WORDS, "--export-wandb", str(there)], margin_objectives.main)
+    assert there.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [there]
 
 
 def test_an_agents_run_is_the_trial_and_its_start_is_not_mirrored(tmp_path, monkeypatch):
