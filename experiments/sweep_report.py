@@ -90,10 +90,19 @@ def _head(sweep: Sweep, title: str) -> str:
         f"{count} trials of {len(sweep.groups)} settings; what a setting is called is what it differs in from others. Unless "
         f"it says so: model {Path(base['model']).name}, data {Path(base['data']).name}, objective {base['objective']}, "
         f"combination {base['pair_chain']}, {stage['steps']} steps of {stage['batch_size']} pairs, "
-        f"{stage['optimizer']['name']} at {stage['optimizer']['learning_rate']:g}, {first}.{still}\n\n"
+        f"{_rates(sweep)}, {first}.{still}\n\n"
         "Values are the mean over seeds and, in brackets, the smallest and largest seed. Log-probabilities are means over the "
         'held-out pairs, in nats; changes are last evaluation minus first. "Shown" means in every seed.'
     )
+
+
+def _rates(sweep: Sweep) -> str:
+    """Every optimizer with the learning rates that it has in the sweep: a label leaves out what follows from the rest."""
+    rates: dict[str, set[float]] = {}
+    for group in sweep.groups.values():
+        optimizer = group.config["preference"]["optimizer"]
+        rates.setdefault(optimizer["name"], set()).add(optimizer["learning_rate"])
+    return ", ".join(f"{name} at {' or '.join(f'{rate:g}' for rate in sorted(found))}" for name, found in rates.items())
 
 
 def _claims(verdicts: Sequence[Verdict], notes: str) -> str:
