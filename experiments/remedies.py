@@ -2,8 +2,8 @@
 
 Claim: pairwise normalised gradients, and rules that protect the chosen side alone, end with a higher chosen log-probability
 than plain margin (arXiv 2410.13828, section 5); what they promise is about a plain gradient step, so it may be lost under
-AdamW. DPOP and CPO, which weigh the chosen response in the loss itself, stand beside them (Figure 2). The paper's other
-remedy, token masks, is a flag of the trial (--trial.masks) and not in this sweep yet.
+AdamW. So do the paper's other remedy, masks that leave out tokens (learned ones, and the oracle's, which know what both
+responses share), and DPOP and CPO, which weigh the chosen response in the loss itself (Figure 2).
 
 Under SGD a rule whose step has a length of its own needs a rate of its own, and so do objectives of another size: CPO's
 likelihood weighs some twenty times what DPO's coefficients do, DPOP's penalty fifty times. --sgd-factors are on the others'
@@ -25,6 +25,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from entangle.errors import UserError
 from entangle.training import OptimizerConfig
 from experiments import command_line, sweep_experiment, sweep_runs
 from experiments.sweep import Overrides, product, zipped
@@ -34,7 +35,7 @@ from experiments.trial_config import TrialConfig
 
 KIND = "remedies"
 OPTIMIZER = "preference.optimizer"
-SWEPT = ("objective", "pair_chain", f"{OPTIMIZER}.name", f"{OPTIMIZER}.learning_rate", "seed")
+SWEPT = ("objective", "pair_chain", "masks", f"{OPTIMIZER}.name", f"{OPTIMIZER}.learning_rate", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +45,11 @@ class RemediesConfig(SweepConfig):
     Attributes:
       chains: how the two gradients are combined, as --pair-chain takes them; margin is what the others are held against.
       objectives: each by every chain; simpo and ipo are worth a look, too.
+      masks: oracle, learned: tokens that are left out, by plain margin alone; learned ones by dpo alone, which trains them.
       beside: objectives by plain margin alone.
       optimizers: sgd, adamw.
       learning_rates: one an optimizer.
-      sgd_factors: chain, or objective beside -> what its learning rate under SGD is over that of the others.
+      sgd_factors: chain, masks, or objective beside -> what its learning rate under SGD is over that of the others.
     """
 
     out: Path = Path("runs/remedies")
@@ -56,6 +58,7 @@ class RemediesConfig(SweepConfig):
         *("pcgrad", "one_sided", "protect_chosen"),
     )
     objectives: tuple[str, ...] = ("dpo",)
+    masks: tuple[str, ...] = ("oracle", "learned")
     beside: tuple[str, ...] = ("dpop", "cpo")
     optimizers: tuple[str, ...] = ("sgd", "adamw")
     learning_rates: tuple[float, ...] = (0.05, 2e-4)
@@ -76,7 +79,7 @@ def presets() -> dict[str, RemediesConfig]:
     # SFT as in the sentiment experiment's ``embedded`` preset, after which plain DPO lowers the chosen side
     sft = dataclasses.replace(LAPTOP.sft, optimizer=OptimizerConfig(learning_rate=3e-3))
     trial = dataclasses.replace(LAPTOP, pair_set="long_suffix", held_out_pairs=64, sft=sft, preference=stage)
-    smoke = {"seeds": 1, "beside": ("cpo",)}
+    smoke = {"seeds": 1, "masks": ("learned",), "beside": ("cpo",)}
     chains = ("margin", "pairwise_normalized", "one_sided")
     return sweep_experiment.presets(RemediesConfig(trial=trial), chains=chains, **smoke)
 
@@ -93,30 +96,38 @@ def config() -> TrialConfig:
 
 
 def sweep(settings: RemediesConfig | None = None) -> Iterator[Overrides]:
-    """Objective by chain, and the objectives beside; by optimizer with its learning rate; by seed.
+    """Objective by chain and by masks, and the objectives beside; by optimizer with its learning rate; by seed.
 
     Args:
       settings: the default sweep's by default.
 
     Raises:
-      UserError: there are not as many learning rates as optimizers.
+      UserError: there are not as many learning rates as optimizers; or masks would be learned by no objective.
 
     Example:
       >>> from experiments.remedies import sweep
       >>> len(list(sweep())), list(next(sweep()).values())
-      (54, ['dpo', 'margin', 'sgd', 0.05, 0])
+      (66, ['dpo', 'margin', 'sgd', 0.05, 0])
     """
     settings = settings or presets()["laptop"]
+    if "learned" in settings.masks and "dpo" not in settings.objectives:
+        raise UserError("--masks learned: dpo trains them, and is not among --objectives")
     optimizers = list(
         zipped({f"{OPTIMIZER}.name": settings.optimizers, f"{OPTIMIZER}.learning_rate": settings.learning_rates})
     )
     methods = [
         *product({"objective": settings.objectives, "pair_chain": settings.chains}),
+        *(
+            method
+            for method in product({"objective": settings.objectives, "pair_chain": ["margin"], "masks": settings.masks})
+            if method["masks"] != "learned" or method["objective"] == "dpo"
+        ),
         *product({"objective": settings.beside, "pair_chain": ["margin"]}),
     ]
     for method in methods:
         beside = method["objective"] not in settings.objectives
-        factor = settings.sgd_factors.get(method["objective" if beside else "pair_chain"], 1.0)
+        name = method["objective"] if beside else method.get("masks", method["pair_chain"])
+        factor = settings.sgd_factors.get(name, 1.0)
         for optimizer in optimizers:
             rate = optimizer[f"{OPTIMIZER}.learning_rate"] * (factor if optimizer[f"{OPTIMIZER}.name"] == "sgd" else 1)
             yield from product(

@@ -35,20 +35,32 @@ def panels(sweep: Sweep) -> Panels:
     """
     chains: dict[str, set[str]] = {}
     for group in sweep.groups.values():
-        chains.setdefault(group.config["objective"], set()).add(pair_chain_label(group.config))
+        chains.setdefault(group.config["objective"], set()).add(remedy_label(group.config))
     mended = [objective for objective, names in chains.items() if names != {MARGIN}] or list(chains)[:1]
     found: Panels = {objective: {} for objective in mended}
 
     def order(group: Group) -> tuple[Any, ...]:
         optimizer = group.config["preference"]["optimizer"]["name"]
         rule = training.pair_chains().index(group.config["pair_chain"])
-        return optimizer != "sgd", optimizer, group.config["objective"] not in mended, rule
+        masks = group.config["masks"]
+        return optimizer != "sgd", optimizer, group.config["objective"] not in mended, masks != "none", masks, rule
 
     for group in sorted(sweep.groups.values(), key=order):
-        objective, chain = group.config["objective"], pair_chain_label(group.config)
+        objective, chain = group.config["objective"], remedy_label(group.config)
         place, name = (objective, chain) if objective in mended else (mended[0], objective)
         found[place].setdefault(group.config["preference"]["optimizer"]["name"], {})[name] = group
     return found
+
+
+def remedy_label(config: Mapping[str, Any]) -> str:
+    """How the two gradients are combined, or the masks that are trained with.
+
+    Example:
+      >>> from experiments.remedies_figures import remedy_label
+      >>> remedy_label({"pair_chain": "margin", "masks": "oracle"}), remedy_label({"pair_chain": "pcgrad", "masks": "none"})
+      ('oracle masks', 'pcgrad')
+    """
+    return pair_chain_label(config) if config["masks"] == "none" else f"{config['masks']} masks"
 
 
 def kept(group: Group) -> np.ndarray:

@@ -17,6 +17,8 @@ CLAIMED = {
     "pairwise_normalized": "section 5.1",
     "one_sided": "its Scope",
     "protect_chosen": "its Scope",
+    "oracle masks": "section 5.2",
+    "learned masks": "section 5.2",
     "dpop": "Figure 2",
     "cpo": "Figure 2",
 }
@@ -29,7 +31,7 @@ NOTES = (
     "the step's own batch sums (or single pairs), to first order, under a plain step; what is judged here is what a user has "
     "of it: the mean chosen log-probability of held-out probe pairs, after each step minus before, and in how many of the "
     "runs no step lowers it. The ideal share of a pairwise rule is that of the coefficients it makes: by definition 100 % "
-    "where it promises both sides. Token masks, the paper's second remedy, are not in the sweep."
+    "where it promises both sides. Masks leave out tokens in training alone: everything here is measured on whole responses."
 )
 
 
@@ -59,7 +61,7 @@ def verdicts(panels: Panels) -> list[Verdict]:
     for objective, by_optimizer in panels.items():
         for optimizer, methods in by_optimizer.items():
             found += _higher(f"{objective}, {optimizer}", methods)
-    return [*found, *_kept(panels)]
+    return [*found, *_told(panels), *_kept(panels)]
 
 
 def at_like_margins(one: Group, other: Group) -> np.ndarray:
@@ -89,14 +91,30 @@ def _higher(where: str, methods: Mapping[str, Group]) -> list[Verdict]:
         if plain is None or group is None or group.seeds != plain.seeds:
             continue
         end = group.change("eval/log_prob/chosen") - plain.change("eval/log_prob/chosen")
-        text = f"{where}: {name} ends with a higher chosen log-probability than margin"
+        text = f"{where}: under {name} the chosen log-probability ends higher than under margin"
         found.append(Verdict(text, source, judge(end > 0), f"difference {spread(end, 'nats')}"))
         like = at_like_margins(group, plain)
-        text = f"{where}: {name} is higher also where margins are alike"
+        text = f"{where}: under {name} it is higher also where margins are alike"
         if np.isfinite(like).all():
             found.append(Verdict(text, source, judge(like > 0), f"difference {spread(like, 'nats')}"))
         else:
             found.append(Verdict(text, source, "not judged", "in a seed a margin has not grown"))
+    return found
+
+
+def _told(panels: Panels) -> list[Verdict]:
+    """Whether learned masks have come to leave out what both responses share."""
+    found = []
+    for objective, by_optimizer in panels.items():
+        for optimizer, methods in by_optimizer.items():
+            if "learned masks" not in methods:
+                continue
+            shared, differing = (methods["learned masks"].last(f"eval/mask/{name}") for name in ("shared", "differing"))
+            text = f"{objective}, {optimizer}: learned masks keep less of the tokens that both responses share"
+            numbers = (
+                f"{spread(shared, signed=False)} of them, {spread(differing, signed=False)} of the others at the end"
+            )
+            found.append(Verdict(text, "section 5.2", judge(shared < differing), numbers))
     return found
 
 

@@ -22,7 +22,7 @@ def test_a_rule_with_a_length_of_its_own_has_its_own_rate_under_sgd():
     rates = {
         (p["pair_chain"], p["preference.optimizer.name"]): p["preference.optimizer.learning_rate"]
         for p in remedies.sweep(settings)
-        if p["objective"] == "dpo"
+        if p["objective"] == "dpo" and "masks" not in p
     }
     sgd, adamw = settings.learning_rates
     assert rates == {
@@ -38,7 +38,7 @@ def test_an_objective_beside_has_its_own_rate_under_sgd():
     rates = {
         p["objective"]: p["preference.optimizer.learning_rate"]
         for p in remedies.sweep(settings)
-        if p["pair_chain"] == "margin" and p["preference.optimizer.name"] == "sgd"
+        if p["pair_chain"] == "margin" and p["preference.optimizer.name"] == "sgd" and "masks" not in p
     }
     sgd = settings.learning_rates[0]
     assert rates == {"dpo": 2 * sgd, "simpo": 2 * sgd, "cpo": 0.5 * sgd}
@@ -46,18 +46,37 @@ def test_an_objective_beside_has_its_own_rate_under_sgd():
 
 def test_objectives_beside_are_by_margin_alone():
     points = list(remedies.sweep(SMALL))
-    assert len(points) == (2 * 2 + 2) * 2 * 2
+    assert len(points) == (2 * 2 + 3 + 2) * 2 * 2
     assert {p["pair_chain"] for p in points if p["objective"] in SMALL.beside} == {"margin"}
 
 
+def test_masks_are_by_margin_alone_and_learned_by_dpo_alone():
+    points = [p for p in remedies.sweep(dataclasses.replace(SMALL, sgd_factors={"oracle": 2.0})) if "masks" in p]
+    assert {(p["objective"], p["masks"]) for p in points} == {
+        ("dpo", "oracle"),
+        ("dpo", "learned"),
+        ("simpo", "oracle"),
+    }
+    assert {p["pair_chain"] for p in points} == {"margin"}
+    sgd = SMALL.learning_rates[0]
+    rates = {
+        p["masks"]: p["preference.optimizer.learning_rate"] for p in points if p["preference.optimizer.name"] == "sgd"
+    }
+    assert rates == {"oracle": 2 * sgd, "learned": sgd}
+
+
 def records(config):
-    """one_sided keeps the chosen side under SGD and lowers it by half as much as margin does under AdamW."""
+    """one_sided keeps the chosen side under SGD and lowers it by half as much as margin does under AdamW.
+
+    Learned masks come to leave out shared tokens under AdamW, and all tokens alike under SGD.
+    """
     sgd, mended = config.preference.optimizer.name == "sgd", config.pair_chain == "one_sided"
     slope = {(True, True): 0.5, (False, True): -0.5}.get((sgd, mended), -1.0) * (1 + 0.1 * config.seed)
-    found = [fabricated.evaluation(0)]
+    masks = {"mask/shared": 0.5 if sgd else 0.25, "mask/differing": 0.5} if config.masks == "learned" else {}
+    found = [fabricated.evaluation(0, **masks)]
     for step in (1, 2):
         found.append({"step": step, "loss": 1.0, "probe/realised/chosen": slope, "probe/realised/rejected": -2.0})
-        found.append(fabricated.evaluation(step, slope * step, (slope - 1) * step))
+        found.append(fabricated.evaluation(step, slope * step, (slope - 1) * step, **masks))
     return found
 
 
@@ -77,17 +96,30 @@ def test_panels_are_by_objective_and_optimizer_and_margin_comes_first(out):
     panels = remedies_figures.panels(read_sweep(out))
     assert {o: list(by) for o, by in panels.items()} == {"dpo": ["sgd", "adamw"], "simpo": ["sgd", "adamw"]}
     assert list(panels["dpo"]["sgd"])[:2] == ["margin", "one_sided"]
-    assert set(panels["dpo"]["sgd"]) == {"margin", "one_sided", "dpop", "cpo"}
-    assert set(panels["simpo"]["sgd"]) == {"margin", "one_sided"}
+    assert set(panels["dpo"]["sgd"]) == {"margin", "one_sided", "learned masks", "oracle masks", "dpop", "cpo"}
+    assert set(panels["simpo"]["sgd"]) == {"margin", "one_sided", "oracle masks"}
 
 
 def test_a_remedy_is_held_against_margin_seed_by_seed(verdicts):
     # two steps of +0.5 against two of -1, a tenth more in the second seed: +3 and +3.3; margins grow by 1 a step for both
-    found = verdicts["dpo, sgd: one_sided ends with a higher chosen log-probability than margin"]
+    found = verdicts["dpo, sgd: under one_sided the chosen log-probability ends higher than under margin"]
     assert (found.verdict, found.numbers) == ("shown", "difference +3.150 nats (+3.000 to +3.300)")
-    alike = verdicts["dpo, sgd: one_sided is higher also where margins are alike"]
+    alike = verdicts["dpo, sgd: under one_sided it is higher also where margins are alike"]
     assert alike.numbers == found.numbers
-    assert verdicts["dpo, sgd: dpop ends with a higher chosen log-probability than margin"].verdict == "not shown"
+    assert (
+        verdicts["dpo, sgd: under dpop the chosen log-probability ends higher than under margin"].verdict == "not shown"
+    )
+
+
+def test_learned_masks_are_judged_by_what_they_leave_out(verdicts):
+    claim = "learned masks keep less of the tokens that both responses share"
+    assert verdicts[f"dpo, sgd: {claim}"].verdict == "not shown"
+    adamw = verdicts[f"dpo, adamw: {claim}"]
+    assert adamw.verdict == "shown"
+    numbers = "0.250 (0.250 to 0.250) of them, 0.500 (0.500 to 0.500) of the others at the end"
+    assert adamw.numbers == numbers
+    oracle = verdicts["dpo, sgd: under oracle masks the chosen log-probability ends higher than under margin"]
+    assert oracle.verdict == "not shown"
 
 
 def test_what_is_kept_is_counted_over_seeds_and_objectives(verdicts):
@@ -124,7 +156,8 @@ def test_figures_and_report_from_the_folders_alone(out):
     assert "| one_sided, sgd: no step lowers" in text
     changes = (out / "figures" / "changes.csv").read_text().splitlines()
     assert changes[0] == "objective,optimizer,remedy,series,seed,value"
-    assert len(changes) == 1 + 2 * 2 * len({(p["objective"], p["pair_chain"]) for p in remedies.sweep(SMALL)}) * 2
+    methods = {(p["objective"], p["pair_chain"], p.get("masks")) for p in remedies.sweep(SMALL)}
+    assert len(changes) == 1 + 2 * 2 * len(methods) * 2
 
 
 @pytest.mark.parametrize(
@@ -132,6 +165,8 @@ def test_figures_and_report_from_the_folders_alone(out):
     [
         (["--chains"], "--chains: at least one is needed"),
         (["--chains", "magic"], "unknown pair chain 'magic'"),
+        (["--masks", "magic"], "unknown masks 'magic'"),
+        (["--objectives", "simpo"], "--masks learned: dpo trains them, and is not among --objectives"),
         (["--optimizers", "sgd", "--learning-rates", "0.1", "0.2"], "zipped fields need as many values each"),
         (["--optimizers", "adam", "--learning-rates", "0.1"], "unknown optimizer 'adam'"),
         (["--trial.objective", "ipo"], "--trial.objective ipo has no effect: the sweep sets it itself"),
