@@ -15,22 +15,22 @@ from pathlib import Path
 from types import MappingProxyType
 
 from entangle.errors import UserError
-from entangle.training.run_folder import CONFIG
-from experiments import command_line, page
-from experiments.run_tables import read_json
+from entangle.training.run_folder import CONFIG, read_json
+from experiments import command_line
+from experiments.reports import page
 
 REDRAW: Mapping[str, str] = MappingProxyType(
     {
-        "sentiment": "experiments.report:redraw",
-        "preferences": "experiments.report:redraw",
-        "unlearning": "experiments.unlearning_report:redraw",
+        "sentiment": "experiments.reports.preference_report:redraw",
+        "preferences": "experiments.reports.preference_report:redraw",
+        "unlearning": "experiments.reports.unlearning_report:redraw",
         "single_token": "experiments.single_token:redraw",
-        "one_step": "experiments.one_step_report:redraw",
-        "margin_objectives": "experiments.margin_report:redraw",
-        "remedies": "experiments.remedies_report:redraw",
-        "scale": "experiments.scale_report:redraw",
-        "layerwise": "experiments.layerwise_report:redraw",
-        "token_overlap": "experiments.token_overlap_report:redraw",
+        "one_step": "experiments.reports.one_step_report:redraw",
+        "margin_objectives": "experiments.reports.margin_report:redraw",
+        "remedies": "experiments.reports.remedies_report:redraw",
+        "scale": "experiments.reports.scale_report:redraw",
+        "layerwise": "experiments.reports.layerwise_report:redraw",
+        "token_overlap": "experiments.reports.token_overlap_report:redraw",
         "theory": "experiments.theory:redraw",
     }
 )

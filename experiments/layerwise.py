@@ -16,11 +16,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiments import command_line, sweep_experiment, sweep_runs
-from experiments.sweep import Overrides
-from experiments.sweep_config import SweepConfig
-from experiments.sweep_experiment import LAPTOP
-from experiments.trial_config import TrialConfig
+from experiments import command_line
+from experiments.sweep import Overrides, experiment, launch
+from experiments.sweep.experiment import LAPTOP
+from experiments.sweep.settings import SweepConfig
+from experiments.sweep.trial_config import TrialConfig
 
 KIND = "layerwise"
 
@@ -38,7 +38,7 @@ class LayerwiseConfig(SweepConfig):
 
 
 def presets() -> dict[str, LayerwiseConfig]:
-    """The named defaults, see ``sweep_experiment.presets``.
+    """The named defaults, see ``experiment.presets``.
 
     Example:
       >>> from experiments.layerwise import presets
@@ -48,7 +48,7 @@ def presets() -> dict[str, LayerwiseConfig]:
     stage = dataclasses.replace(LAPTOP.preference, steps=60, checkpoint_every=60)
     base = dataclasses.replace(LAPTOP.base, steps=600)
     trial = dataclasses.replace(LAPTOP, layers=True, held_out_pairs=64, base=base, preference=stage)
-    return sweep_experiment.presets(LayerwiseConfig(trial=trial), seeds=1, pair_sets=("long_suffix",))
+    return experiment.presets(LayerwiseConfig(trial=trial), seeds=1, pair_sets=("long_suffix",))
 
 
 def config() -> TrialConfig:
@@ -74,7 +74,7 @@ def sweep(settings: LayerwiseConfig | None = None) -> Iterator[Overrides]:
       (9, {'pair_set': 'single_token', 'seed': 0})
     """
     settings = settings or presets()["laptop"]
-    return sweep_experiment.by_pair_set(settings, settings.pair_sets)
+    return experiment.by_pair_set(settings, settings.pair_sets)
 
 
 def run(settings: LayerwiseConfig) -> list[Path]:
@@ -86,13 +86,13 @@ def run(settings: LayerwiseConfig) -> list[Path]:
     Raises:
       UserError: bad input; nothing has been overwritten.
     """
-    sweep_experiment.need(settings, "pair_sets")
-    return sweep_runs.run(settings, KIND, sweep(settings))
+    experiment.need(settings, "pair_sets")
+    return launch.run(settings, KIND, sweep(settings))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: ``python -m experiments.layerwise --help``."""
-    sweep_experiment.main(presets(), run, arguments, __doc__, ("pair_set", "layers", "seed"))
+    experiment.main(presets(), run, arguments, __doc__, ("pair_set", "layers", "seed"))
 
 
 if __name__ == "__main__":

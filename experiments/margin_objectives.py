@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from entangle import losses
-from experiments import command_line, sweep_experiment, sweep_runs
-from experiments.sweep import Overrides, product
-from experiments.sweep_config import SweepConfig
-from experiments.sweep_experiment import LAPTOP
-from experiments.trial_config import TrialConfig
+from experiments import command_line
+from experiments.sweep import Overrides, experiment, launch, product
+from experiments.sweep.experiment import LAPTOP
+from experiments.sweep.settings import SweepConfig
+from experiments.sweep.trial_config import TrialConfig
 
 KIND = "margin_objectives"
 
@@ -56,7 +56,7 @@ def presets() -> dict[str, MarginObjectivesConfig]:
       ['laptop', 'smoke', 'tweets', 'hh-rlhf']
     """
     laptop = MarginObjectivesConfig(trial=LAPTOP)
-    return sweep_experiment.presets(laptop, seeds=2, objectives=("dpo", "cpo", "slic_hf"))
+    return experiment.presets(laptop, seeds=2, objectives=("dpo", "cpo", "slic_hf"))
 
 
 def config() -> TrialConfig:
@@ -101,13 +101,13 @@ def run(settings: MarginObjectivesConfig) -> list[Path]:
     Raises:
       UserError: bad input; nothing has been overwritten.
     """
-    sweep_experiment.need(settings, "objectives")
-    return sweep_runs.run(settings, KIND, sweep(settings))
+    experiment.need(settings, "objectives")
+    return launch.run(settings, KIND, sweep(settings))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: ``python -m experiments.margin_objectives --help``."""
-    sweep_experiment.main(presets(), run, arguments, __doc__, ("objective", "seed"))
+    experiment.main(presets(), run, arguments, __doc__, ("objective", "seed"))
 
 
 if __name__ == "__main__":

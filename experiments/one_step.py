@@ -33,11 +33,13 @@ from entangle import losses, models, training
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, RunFolder
 from entangle.types import LogProbFn, PairBatch, Params
-from experiments import command_line, figures, one_step_measure, one_step_report, pair_runs, stages
-from experiments.pair_config import NOT_EVALUATED, objective_identity
-from experiments.sentiment_config import SentimentConfig
-from experiments.sentiment_config import presets as sentiment_presets
-from experiments.sentiment_data import Materials, gather
+from experiments import command_line, figures, one_step_measure
+from experiments.pairs import pair_runs, stages
+from experiments.pairs.pair_config import NOT_EVALUATED, objective_identity
+from experiments.pairs.sentiment_config import SentimentConfig
+from experiments.pairs.sentiment_config import presets as sentiment_presets
+from experiments.pairs.sentiment_data import Materials, gather
+from experiments.reports import one_step_report
 
 MAIN = (
     *("margin", "normalized", "one_sided", "band", "pcgrad", "pairwise_normalized", "pairwise_one_sided"),

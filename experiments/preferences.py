@@ -20,8 +20,9 @@ import tyro
 from entangle import data
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, StageConfig
-from experiments import command_line, pair_data, pair_runs, references, stages
-from experiments.pair_config import NOT_EVALUATED, PairConfig, PairSettings
+from experiments import command_line
+from experiments.pairs import pair_data, pair_runs, references, stages
+from experiments.pairs.pair_config import NOT_EVALUATED, PairConfig, PairSettings
 
 PAIR_SET = "preferences"
 

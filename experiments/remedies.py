@@ -27,11 +27,11 @@ from pathlib import Path
 
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig
-from experiments import command_line, sweep_experiment, sweep_runs
-from experiments.sweep import Overrides, product, zipped
-from experiments.sweep_config import SweepConfig
-from experiments.sweep_experiment import LAPTOP
-from experiments.trial_config import TrialConfig
+from experiments import command_line
+from experiments.sweep import Overrides, experiment, launch, product, zipped
+from experiments.sweep.experiment import LAPTOP
+from experiments.sweep.settings import SweepConfig
+from experiments.sweep.trial_config import TrialConfig
 
 KIND = "remedies"
 OPTIMIZER = "preference.optimizer"
@@ -68,7 +68,7 @@ class RemediesConfig(SweepConfig):
 
 
 def presets() -> dict[str, RemediesConfig]:
-    """The named defaults, see ``sweep_experiment.presets``.
+    """The named defaults, see ``experiment.presets``.
 
     Example:
       >>> from experiments.remedies import presets
@@ -81,7 +81,7 @@ def presets() -> dict[str, RemediesConfig]:
     trial = dataclasses.replace(LAPTOP, pair_set="long_suffix", held_out_pairs=64, sft=sft, preference=stage)
     smoke = {"seeds": 1, "masks": ("learned",), "beside": ("cpo",)}
     chains = ("margin", "pairwise_normalized", "one_sided")
-    return sweep_experiment.presets(RemediesConfig(trial=trial), chains=chains, **smoke)
+    return experiment.presets(RemediesConfig(trial=trial), chains=chains, **smoke)
 
 
 def config() -> TrialConfig:
@@ -144,13 +144,13 @@ def run(settings: RemediesConfig) -> list[Path]:
     Raises:
       UserError: bad input; nothing has been overwritten.
     """
-    sweep_experiment.need(settings, "chains", "objectives", "optimizers")
-    return sweep_runs.run(settings, KIND, sweep(settings))
+    experiment.need(settings, "chains", "objectives", "optimizers")
+    return launch.run(settings, KIND, sweep(settings))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: ``python -m experiments.remedies --help``."""
-    sweep_experiment.main(presets(), run, arguments, __doc__, SWEPT)
+    experiment.main(presets(), run, arguments, __doc__, SWEPT)
 
 
 if __name__ == "__main__":

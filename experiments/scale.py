@@ -18,11 +18,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiments import command_line, sweep_experiment, sweep_runs
-from experiments.sweep import Overrides, product
-from experiments.sweep_config import SweepConfig
-from experiments.sweep_experiment import LAPTOP
-from experiments.trial_config import TrialConfig
+from experiments import command_line
+from experiments.sweep import Overrides, experiment, launch, product
+from experiments.sweep.experiment import LAPTOP
+from experiments.sweep.settings import SweepConfig
+from experiments.sweep.trial_config import TrialConfig
 
 KIND = "scale"
 
@@ -40,7 +40,7 @@ class ScaleConfig(SweepConfig):
 
 
 def presets() -> dict[str, ScaleConfig]:
-    """The named defaults, see ``sweep_experiment.presets``.
+    """The named defaults, see ``experiment.presets``.
 
     Example:
       >>> from experiments.scale import presets
@@ -50,7 +50,7 @@ def presets() -> dict[str, ScaleConfig]:
     stage = dataclasses.replace(LAPTOP.preference, steps=60, batch_size=8, checkpoint_every=60)
     base = dataclasses.replace(LAPTOP.base, steps=600)
     trial = dataclasses.replace(LAPTOP, pair_set="long_suffix", held_out_pairs=64, base=base, preference=stage)
-    return sweep_experiment.presets(ScaleConfig(trial=trial), seeds=1, models=("tiny", "mini"))
+    return experiment.presets(ScaleConfig(trial=trial), seeds=1, models=("tiny", "mini"))
 
 
 def config() -> TrialConfig:
@@ -88,13 +88,13 @@ def run(settings: ScaleConfig) -> list[Path]:
     Raises:
       UserError: bad input; nothing has been overwritten.
     """
-    sweep_experiment.need(settings, "models")
-    return sweep_runs.run(settings, KIND, sweep(settings))
+    experiment.need(settings, "models")
+    return launch.run(settings, KIND, sweep(settings))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: ``python -m experiments.scale --help``."""
-    sweep_experiment.main(presets(), run, arguments, __doc__, ("model", "seed"))
+    experiment.main(presets(), run, arguments, __doc__, ("model", "seed"))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ from pathlib import Path
 
 from entangle import models
 from entangle.types import Params
-from experiments import command_line, pair_runs, stages, token_heatmap
-from experiments.base_models import EXPORT, base_model
-from experiments.pair_config import NOT_EVALUATED
-from experiments.pair_data import Checkpoint
-from experiments.sentiment_config import SentimentConfig, config, presets
-from experiments.sentiment_data import gather
+from experiments import command_line
+from experiments.pairs import pair_runs, stages
+from experiments.pairs.base_models import EXPORT, base_model
+from experiments.pairs.pair_config import NOT_EVALUATED
+from experiments.pairs.pair_data import Checkpoint
+from experiments.pairs.sentiment_config import SentimentConfig, config, presets
+from experiments.pairs.sentiment_data import gather
+from experiments.reports import token_heatmap
 
 __all__ = ["EXPORT", "SentimentConfig", "config", "gather", "main", "presets", "run"]
 

@@ -26,13 +26,14 @@ from typing import NamedTuple
 from entangle import losses, training
 from entangle.errors import UserError
 from entangle.training import RunFolder
-from entangle.training.run_folder import CONFIG
-from experiments import command_line, figures, pair_runs, stages
-from experiments.pair_config import NOT_EVALUATED, identity
-from experiments.run_tables import curve, read_json, read_seeds, spread
-from experiments.sentiment_config import SentimentConfig
-from experiments.sentiment_config import presets as sentiment_presets
-from experiments.sentiment_data import gather
+from entangle.training.run_folder import CONFIG, read_json
+from experiments import command_line, figures
+from experiments.pairs import pair_runs, stages
+from experiments.pairs.pair_config import NOT_EVALUATED, identity
+from experiments.pairs.sentiment_config import SentimentConfig
+from experiments.pairs.sentiment_config import presets as sentiment_presets
+from experiments.pairs.sentiment_data import gather
+from experiments.reports.run_tables import curve, read_seeds, spread
 
 PAIR_SET = "single_token"
 LEGEND = (

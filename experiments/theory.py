@@ -21,18 +21,19 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from entangle.training import RunFolder
-from entangle.training.run_folder import DONE
-from experiments import command_line, figures, theory_figures, theory_report, theory_rows
-from experiments.theory_config import TheoryConfig, check, identity, presets
-from experiments.theory_measure import measure_all
-from experiments.theory_points import HEAD, RANDOM, STEPPED
-from experiments.theory_setups import Point
+from entangle.training.run_folder import DONE, read_json
+from experiments import command_line, figures
+from experiments.reports import theory_figures, theory_report
+from experiments.theorems import theory_rows
+from experiments.theorems.theory_config import TheoryConfig, check, identity, presets
+from experiments.theorems.theory_measure import measure_all
+from experiments.theorems.theory_points import HEAD, RANDOM, STEPPED
+from experiments.theorems.theory_setups import Point
 
 HEAD_SCALES = (0.5, 2.0, 8.0)
 SPREADS = (0.0, 0.1, 0.5, 2.0)
@@ -124,7 +125,7 @@ def run(settings: TheoryConfig) -> list[Path]:
     check(settings)
     folder = RunFolder(settings.out, {"kind": "theory", **identity(settings)})
     if folder.done:
-        files = [folder.path / name for name in json.loads((folder.path / DONE).read_text(encoding="utf-8"))["files"]]
+        files = [folder.path / name for name in read_json(folder.path / DONE)["files"]]
         return files if all(file.exists() for file in files) else figures.redraw(folder.path)
     with folder.locked():
         points = dict.fromkeys(Point(**overrides) for overrides in sweep(settings))

@@ -22,11 +22,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from entangle.training import OptimizerConfig
-from experiments import command_line, sweep_experiment, sweep_runs
-from experiments.sweep import Overrides
-from experiments.sweep_config import SweepConfig
-from experiments.sweep_experiment import LAPTOP
-from experiments.trial_config import TrialConfig
+from experiments import command_line
+from experiments.sweep import Overrides, experiment, launch
+from experiments.sweep.experiment import LAPTOP
+from experiments.sweep.settings import SweepConfig
+from experiments.sweep.trial_config import TrialConfig
 
 KIND = "token_overlap"
 
@@ -44,7 +44,7 @@ class TokenOverlapConfig(SweepConfig):
 
 
 def presets() -> dict[str, TokenOverlapConfig]:
-    """The named defaults, see ``sweep_experiment.presets``.
+    """The named defaults, see ``experiment.presets``.
 
     Example:
       >>> from experiments.token_overlap import presets
@@ -55,7 +55,7 @@ def presets() -> dict[str, TokenOverlapConfig]:
     stage = dataclasses.replace(LAPTOP.preference, steps=60, optimizer=optimizer, eval_every=20, checkpoint_every=60)
     base = dataclasses.replace(LAPTOP.base, steps=600)
     trial = dataclasses.replace(LAPTOP, held_out_pairs=256, probe_pairs=0, base=base, preference=stage)
-    return sweep_experiment.presets(TokenOverlapConfig(trial=trial), seeds=1)
+    return experiment.presets(TokenOverlapConfig(trial=trial), seeds=1)
 
 
 def config() -> TrialConfig:
@@ -81,7 +81,7 @@ def sweep(settings: TokenOverlapConfig | None = None) -> Iterator[Overrides]:
       (6, {'pair_set': 'spliced', 'seed': 0})
     """
     settings = settings or presets()["laptop"]
-    return sweep_experiment.by_pair_set(settings, settings.pair_sets)
+    return experiment.by_pair_set(settings, settings.pair_sets)
 
 
 def run(settings: TokenOverlapConfig) -> list[Path]:
@@ -93,15 +93,15 @@ def run(settings: TokenOverlapConfig) -> list[Path]:
     Raises:
       UserError: bad input; nothing has been overwritten.
     """
-    sweep_experiment.need(settings, "pair_sets")
+    experiment.need(settings, "pair_sets")
     from experiments import token_overlap_measure  # what runs models takes seconds to import
 
-    return sweep_runs.run(settings, KIND, sweep(settings), token_overlap_measure.measure)
+    return launch.run(settings, KIND, sweep(settings), token_overlap_measure.measure)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: ``python -m experiments.token_overlap --help``."""
-    sweep_experiment.main(presets(), run, arguments, __doc__, ("pair_set", "seed"))
+    experiment.main(presets(), run, arguments, __doc__, ("pair_set", "seed"))
 
 
 if __name__ == "__main__":

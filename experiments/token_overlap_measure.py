@@ -13,10 +13,9 @@ import numpy as np
 from entangle import geometry, training
 from entangle.models import LanguageModel
 from entangle.types import PairBatch, Params
-from experiments import trial_runs
-from experiments.sweep import Trial, folder_of
-from experiments.token_overlap_report import FILE
-from experiments.trial_config import TrialConfig
+from experiments.reports.token_overlap_report import FILE
+from experiments.sweep import Trial, folder_of, trial_runs
+from experiments.sweep.trial_config import TrialConfig
 
 
 def measure(out: Path, trials: Sequence[Trial[TrialConfig]]) -> None:

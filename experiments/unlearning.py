@@ -31,9 +31,10 @@ from entangle import geometry, losses, models, training
 from entangle.models import LanguageModel
 from entangle.training.gradients import GradientResult
 from entangle.types import PairBatch, Params
-from experiments import command_line, pair_runs, stages
-from experiments.pair_config import NOT_EVALUATED
-from experiments.sentiment_config import TWEETS
+from experiments import command_line
+from experiments.pairs import pair_runs, stages
+from experiments.pairs.pair_config import NOT_EVALUATED
+from experiments.pairs.sentiment_config import TWEETS
 from experiments.unlearning_config import NOT_SET_HERE, VARIANTS, UnlearningConfig, Variant, presets
 from experiments.unlearning_data import both_sides, gather
 

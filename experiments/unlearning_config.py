@@ -12,8 +12,8 @@ import optax
 
 from entangle import transforms
 from entangle.training import OptimizerConfig, StageConfig
-from experiments.sentiment_config import TWEETS, SentimentConfig
-from experiments.sentiment_config import presets as sentiment_presets
+from experiments.pairs.sentiment_config import TWEETS, SentimentConfig
+from experiments.pairs.sentiment_config import presets as sentiment_presets
 
 OPTIMIZERS: Mapping[str, str] = MappingProxyType(
     {"sgd": "SGD", "adam": "Adam", "adam_b1_0": "Adam without momentum (b1 = 0)"}

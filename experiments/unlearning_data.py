@@ -12,11 +12,12 @@ from entangle import models
 from entangle.data import PAIR_SETS, EncodedPairs
 from entangle.errors import UserError
 from entangle.types import Params
-from experiments import preferences, sentiment_data, stages
-from experiments.base_models import base_model
-from experiments.pair_config import PairConfig
-from experiments.pair_data import Checkpoint
-from experiments.sentiment_config import TWEETS
+from experiments import preferences
+from experiments.pairs import sentiment_data, stages
+from experiments.pairs.base_models import base_model
+from experiments.pairs.pair_config import PairConfig
+from experiments.pairs.pair_data import Checkpoint
+from experiments.pairs.sentiment_config import TWEETS
 from experiments.unlearning_config import VARIANTS, UnlearningConfig
 
 

@@ -26,7 +26,7 @@ from entangle.training.reference_cache import (
 )
 from entangle.training.references import Reference, adapter_off, frozen_copy, moving_reference
 from entangle.training.row_objectives import masked_rows, row_gradients
-from entangle.training.run_folder import RunFolder, read_metrics, write_json
+from entangle.training.run_folder import RunFolder, read_json, read_metrics, write_json
 from entangle.training.stage import StageConfig
 from entangle.training.step import TrainState, init_state, make_step
 from entangle.training.streams import Batches, MappedBatches
@@ -67,6 +67,7 @@ __all__ = [
     "pair_diagnostics",
     "preference_gradients",
     "preference_memory",
+    "read_json",
     "read_metrics",
     "reference_fingerprint",
     "reference_log_probs",

@@ -136,7 +136,7 @@ class RunFolder:
     def _record_environment(self) -> None:
         # a list: a run may be continued by another commit or on another machine
         file, now = self.path / ENVIRONMENT, _environment()
-        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        before = read_json(file) if file.exists() else []
         if before[-1:] != [now]:
             write_json(file, [*before, now])
 
@@ -265,6 +265,27 @@ def check_folder(path: Path, config: Mapping[str, Any]) -> None:
             raise UserError(f"{path} holds a run of another configuration: {differ}; name another folder")
     elif strangers := sorted(p.name for p in path.iterdir() if p.name not in BEFORE_CONFIG):
         raise UserError(f"{path} is not empty and holds no run (found {', '.join(strangers[:3])}); name another folder")
+
+
+def read_json(file: Path) -> Any:
+    """Read one of the JSON files of an run's or an experiment's folder.
+
+    Raises:
+      UserError: it is missing, or cannot be read.
+
+    Example:
+      >>> from pathlib import Path
+      >>> from entangle.training.run_folder import read_json
+      >>> read_json(Path("nowhere/pairs.json"))
+      Traceback (most recent call last):
+      entangle.errors.UserError: nowhere/pairs.json is missing
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {error}") from None
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

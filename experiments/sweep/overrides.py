@@ -91,7 +91,7 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
       UserError: no such field, a value of the wrong type, or one that the configuration refuses.
 
     Example:
-      >>> from experiments.pair_config import PairSettings
+      >>> from experiments.pairs.pair_config import PairSettings
       >>> from experiments.sweep import override
       >>> override(PairSettings(), {"preference.optimizer.learning_rate": 1, "objective_args.beta": 0.5}).objective_args
       {'beta': 0.5}

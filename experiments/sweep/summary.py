@@ -7,9 +7,8 @@ import io
 from pathlib import Path
 from typing import Any
 
-from entangle.training.run_folder import CONFIG, DONE, write_text
+from entangle.training.run_folder import CONFIG, DONE, read_json, write_text
 from experiments.command_line import leaves
-from experiments.run_tables import read_json
 from experiments.sweep.trials import FAILED, TRIALS, Status, status
 
 FILE = "summary.csv"

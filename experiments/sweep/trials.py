@@ -73,7 +73,7 @@ def plan(
       UserError: a field that is not there, a value of the wrong type or out of range, or two trials with one fingerprint.
 
     Example:
-      >>> from experiments.pair_config import PairSettings, identity
+      >>> from experiments.pairs.pair_config import PairSettings, identity
       >>> from experiments.sweep import plan, product
       >>> [trial.name for trial in plan(PairSettings(), product({"objective": ["dpo", "ipo"]}), identity)]
       ['dpo-...', 'ipo-...']

@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from entangle import training
-from experiments import margin_objectives, trial_runs
+from experiments import margin_objectives
 from experiments.margin_objectives import MarginObjectivesConfig
-from experiments.pair_config import identity
-from experiments.sweep import plan
-from experiments.trial_runs import STARTS
+from experiments.pairs.pair_config import identity
+from experiments.sweep import plan, trial_runs
+from experiments.sweep.trial_runs import STARTS
 from scripts.benchmarks.measuring import Contender, DisagreementError
 
 TOLERANCE = 1e-4

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from entangle.training import write_json
 from experiments import margin_objectives
-from experiments.pair_config import identity
+from experiments.pairs.pair_config import identity
 from experiments.sweep import folder_of, plan, summary
 from scripts.benchmarks.measuring import Contender
 

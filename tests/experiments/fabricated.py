@@ -1,7 +1,7 @@
 """Run folders of a sweep as finished trials leave them, without training."""
 
 from entangle.training import RunFolder
-from experiments.pair_config import identity
+from experiments.pairs.pair_config import identity
 from experiments.sweep import folder_of, open_sweep, plan
 
 CASES = ("ideal", "both_fall", "both_rise", "reversed", "inactive")

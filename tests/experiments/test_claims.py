@@ -2,8 +2,8 @@ import json
 
 import numpy as np
 
-from experiments import claims
-from experiments.run_tables import Runs
+from experiments.reports import claims
+from experiments.reports.run_tables import Runs
 
 
 def test_identical_tokens_are_found_from_the_right_where_labels_differ_in_length(tmp_path):

@@ -11,8 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from entangle import training
-from experiments import figures, one_step, plotting, preferences, sentiment_config, single_token, unlearning_config
-from experiments.pair_config import identity
+from experiments import figures, one_step, preferences, single_token, unlearning_config
+from experiments.pairs import sentiment_config
+from experiments.pairs.pair_config import identity
+from experiments.reports import plotting
 
 SIDES = ("chosen", "rejected")
 CASES = ("ideal", "both_fall", "both_rise", "reversed", "inactive")

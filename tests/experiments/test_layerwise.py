@@ -8,9 +8,10 @@ import pytest
 
 from entangle.errors import UserError
 from entangle.training import StageConfig, read_metrics
-from experiments import layerwise, layerwise_report
+from experiments import layerwise
+from experiments.reports import layerwise_report
+from experiments.reports.sweep_tables import read_sweep
 from experiments.sweep.trials import TRIALS
-from experiments.sweep_tables import read_sweep
 from tests.experiments import fabricated
 
 NAMES = ["token_embedding", "position_embedding", "0.attention", "0.feed_forward", "10.attention", "final_norm"]

@@ -11,7 +11,8 @@ import pytest
 from entangle import data, losses, models
 from entangle.transforms import WEIGHTINGS
 from entangle.types import PairBatch
-from experiments import one_step, one_step_changes, one_step_measure, one_step_report
+from experiments import one_step, one_step_changes, one_step_measure
+from experiments.reports import one_step_report
 
 NAMES = ("normalized", "one_sided", "band", "pcgrad", "dual_projection", "protect_chosen")
 PAIRWISE = ("pairwise_normalized", "pairwise_one_sided", "pairwise_band", "pairwise_pcgrad")

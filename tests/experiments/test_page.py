@@ -9,7 +9,7 @@ import zlib
 import pytest
 
 from entangle.errors import UserError
-from experiments import page
+from experiments.reports import page
 
 REPORT = """# Report on <b>bold</b> & `code`
 

@@ -13,7 +13,8 @@ import pytest
 from entangle import data, losses, models, training, transforms
 from entangle.errors import UserError
 from entangle.types import PairBatch
-from experiments import pair_runs, preferences, references, stages
+from experiments import preferences
+from experiments.pairs import pair_runs, references, stages
 from experiments.preferences import presets
 
 WORDS = ("tea", "coffee", "milk", "water", "juice", "soda", "cocoa", "cider")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from entangle.errors import UserError
-from experiments import remedies, remedies_figures, remedies_report
-from experiments.sweep_tables import Group, read_sweep
+from experiments import remedies
+from experiments.reports import remedies_figures, remedies_report
+from experiments.reports.sweep_tables import Group, read_sweep
 from tests.experiments import fabricated
 
 SMALL = dataclasses.replace(

@@ -7,9 +7,10 @@ import pytest
 from entangle import models
 from entangle.errors import UserError
 from entangle.training import RunFolder
-from experiments import scale, scale_report
-from experiments.sweep_tables import read_sweep
-from experiments.trial_config import STARTS, base_fingerprint
+from experiments import scale
+from experiments.reports import scale_report
+from experiments.reports.sweep_tables import read_sweep
+from experiments.sweep.trial_config import STARTS, base_fingerprint
 from tests.experiments import fabricated
 
 NAMES = ("small", "tiny", "mini")

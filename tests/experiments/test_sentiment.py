@@ -12,7 +12,7 @@ import pytest
 from entangle import data, models, training
 from entangle.errors import UserError
 from experiments import sentiment, single_token
-from experiments.run_tables import curve, read_runs
+from experiments.reports.run_tables import curve, read_runs
 from experiments.sentiment import presets
 
 

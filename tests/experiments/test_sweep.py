@@ -8,8 +8,9 @@ import pytest
 
 from entangle.errors import UserError
 from entangle.training import RunFolder
-from experiments.pair_config import identity
-from experiments.report import provenance
+from experiments.pairs.pair_config import identity
+from experiments.reports.preference_report import provenance
+from experiments.reports.sweep_tables import read_sweep
 from experiments.sweep import (
     Status,
     folder_of,
@@ -24,9 +25,8 @@ from experiments.sweep import (
     waiting,
     zipped,
 )
-from experiments.sweep_config import SweepConfig
-from experiments.sweep_tables import read_sweep
-from experiments.trial_config import TrialConfig, base_fingerprint, data_fingerprint, start_fingerprint
+from experiments.sweep.settings import SweepConfig
+from experiments.sweep.trial_config import TrialConfig, base_fingerprint, data_fingerprint, start_fingerprint
 
 
 def planned(points, out=None):

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from entangle import training
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, StageConfig
-from experiments import figures, margin_objectives, ray_cluster, sweep_ray, trial_runs
-from experiments.pair_config import identity
-from experiments.sweep import folder_of, plan
-from experiments.sweep_config import OnRay
-from experiments.trial_config import TrialConfig
+from experiments import figures, margin_objectives
+from experiments.pairs.pair_config import identity
+from experiments.sweep import folder_of, on_ray, plan, ray_cluster, trial_runs
+from experiments.sweep.settings import OnRay
+from experiments.sweep.trial_config import TrialConfig
 from scripts import killed_sweep
 
 with_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: scripts/setup ray")
@@ -52,7 +52,7 @@ def small(out, **changes):
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 20))
 def test_shares_hold_every_trial_once_and_leave_no_room_idle(sizes, room):
     groups = [[(place, trial) for trial in range(size)] for place, size in enumerate(sizes)]
-    shares = sweep_ray.shares(groups, room)
+    shares = on_ray.shares(groups, room)
     assert sorted(trial for share in shares for trial in share) == sorted(trial for group in groups for trial in group)
     assert all(len({place for place, _ in share}) == 1 for share in shares)
     # no more programs than needed, and as many as can be of use
@@ -61,7 +61,7 @@ def test_shares_hold_every_trial_once_and_leave_no_room_idle(sizes, room):
 
 
 def test_one_group_is_cut_evenly():
-    assert [len(share) for share in sweep_ray.shares([range(30)], 4)] == [8, 8, 7, 7]
+    assert [len(share) for share in on_ray.shares([range(30)], 4)] == [8, 8, 7, 7]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def held(tmp_path, monkeypatch):
         folder.mark_done({})
 
     monkeypatch.setattr(trial_runs, "run", pretend)
-    monkeypatch.setattr(sweep_ray, "POLL", 0.05)
+    monkeypatch.setattr(on_ray, "POLL", 0.05)
     with subprocess.Popen([sys.executable, "-c", HOLD, str(folder.path / ".lock")], stdout=subprocess.PIPE) as holder:
         holder.stdout.readline()
         yield trial, holder, run
@@ -126,14 +126,14 @@ def test_a_task_waits_for_a_process_that_dies(held, tmp_path, monkeypatch):
             holder.wait()
 
     monkeypatch.setattr(time, "sleep", dies)
-    assert sweep_ray._train(tmp_path, tmp_path, [trial], no_tracker, None, patience=60.0) == []
+    assert on_ray._train(tmp_path, tmp_path, [trial], no_tracker, None, patience=60.0) == []
     assert looks == [[], [], []]
     assert run == [trial.name]
 
 
 def test_a_task_leaves_a_trial_to_a_process_that_lives(held, tmp_path):
     trial, holder, run = held
-    assert sweep_ray._train(tmp_path, tmp_path, [trial], no_tracker, None, patience=0.2) == [trial.name]
+    assert on_ray._train(tmp_path, tmp_path, [trial], no_tracker, None, patience=0.2) == [trial.name]
     assert run == []
     assert holder.poll() is None
 
@@ -141,11 +141,11 @@ def test_a_task_leaves_a_trial_to_a_process_that_lives(held, tmp_path):
 def test_a_machine_without_the_sweeps_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"out on .*: not there; it has to be a folder of all machines"):
-        sweep_ray._prepare(tmp_path, tmp_path / "out", [], no_tracker)
+        on_ray._prepare(tmp_path, tmp_path / "out", [], no_tracker)
     with pytest.raises(
         UserError, match=r"gone on .*: No such file or directory; it has to be a folder of all machines"
     ):
-        sweep_ray._prepare(tmp_path / "gone", tmp_path, [], no_tracker)
+        on_ray._prepare(tmp_path / "gone", tmp_path, [], no_tracker)
 
 
 @with_ray
@@ -159,7 +159,7 @@ def test_a_task_whose_process_dies_is_started_again(tmp_path, monkeypatch, capsy
             folder.mkdir(parents=True)
             (folder / "done.json").write_text("{}")
 
-    monkeypatch.setattr(sweep_ray, "_train", dies_once)
+    monkeypatch.setattr(on_ray, "_train", dies_once)
     monkeypatch.setattr(figures, "redraw", lambda out: [])
     settings = small(tmp_path / "out", ray=OnRay("local", cpus=float(os.cpu_count())))  # room for one
     assert margin_objectives.run(settings) == [tmp_path / "out" / "summary.csv"]

@@ -8,10 +8,10 @@ import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from entangle import training
-from experiments import command_line, margin_objectives, sweep_runs
-from experiments.pair_config import identity
-from experiments.sweep import plan
-from experiments.sweep_config import SweepConfig
+from experiments import command_line, margin_objectives
+from experiments.pairs.pair_config import identity
+from experiments.sweep import launch, plan
+from experiments.sweep.settings import SweepConfig
 
 WORDS = [
     "--preset",
@@ -79,7 +79,7 @@ def test_what_agents_decide_is_refused_and_files_that_cannot_be_written(fail, tm
 def test_an_agents_run_is_the_trial_and_its_start_is_not_mirrored(tmp_path, monkeypatch):
     for name, value in {"MODE": "offline", "SWEEP_ID": "s1", "RUN_ID": "agents0", "SWEEP_PARAM_PATH": ""}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    tracker = sweep_runs._trackers(SweepConfig(out=tmp_path), "margin_objectives")
+    tracker = launch._trackers(SweepConfig(out=tmp_path), "margin_objectives")
     assert isinstance(tracker(tmp_path / "base", {"kind": "base"}), training.NoTracker)
     trial = training.RunFolder(tmp_path / "trial", {"kind": "preference"})
     run = tracker(trial.path, json.loads((trial.path / "config.json").read_text()))

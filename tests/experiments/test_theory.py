@@ -6,9 +6,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments import theory, theory_claims, theory_points, theory_rows
-from experiments.theory_predictions import predict
-from experiments.theory_setups import Point, problem
+from experiments import theory
+from experiments.reports import theory_claims
+from experiments.theorems import theory_points, theory_rows
+from experiments.theorems.theory_predictions import predict
+from experiments.theorems.theory_setups import Point, problem
 
 # each kind of prediction; the coefficients that weigh the two gradients are 1 and 1 but in the last
 CASES = {

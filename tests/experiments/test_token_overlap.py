@@ -15,8 +15,9 @@ from entangle.data import LabelledText
 from entangle.errors import UserError
 from entangle.training import StageConfig, read_metrics
 from entangle.types import PairBatch
-from experiments import token_overlap, token_overlap_measure, token_overlap_report
-from experiments.sentiment_data import spliced_pairs, tweet_pairs
+from experiments import token_overlap, token_overlap_measure
+from experiments.pairs.sentiment_data import spliced_pairs, tweet_pairs
+from experiments.reports import token_overlap_report
 from experiments.sweep import folder_of
 from experiments.sweep.trials import TRIALS
 from tests.experiments import fabricated

@@ -12,11 +12,23 @@ import pytest
 from entangle import data, losses, models, training
 from entangle.errors import NonFiniteError, UserError
 from entangle.training import OptimizerConfig, StageConfig, read_metrics
-from experiments import figures, margin_objectives, stages, trial_data, trial_programs, trial_runs
-from experiments.pair_config import identity
-from experiments.sweep import Status, folder_of, mark_failed, plan, product, status, waiting
-from experiments.sweep_config import Packing
-from experiments.trial_config import TrialConfig, base_fingerprint, start_fingerprint
+from experiments import figures, margin_objectives
+from experiments.pairs import stages
+from experiments.pairs.pair_config import identity
+from experiments.sweep import (
+    Status,
+    folder_of,
+    mark_failed,
+    plan,
+    product,
+    status,
+    trial_data,
+    trial_programs,
+    trial_runs,
+    waiting,
+)
+from experiments.sweep.settings import Packing
+from experiments.sweep.trial_config import TrialConfig, base_fingerprint, start_fingerprint
 
 FEW = {"batch_size": 4, "checkpoint_every": 2, "log_every": 2}
 CONFIG = TrialConfig(

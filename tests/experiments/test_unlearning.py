@@ -12,12 +12,13 @@ import pytest
 
 from entangle import data, losses, models, training
 from entangle.types import PairLogProbs
-from experiments import unlearning, unlearning_report
-from experiments.run_tables import curve
-from experiments.sentiment_data import tweet_pairs
+from experiments import unlearning
+from experiments.pairs.sentiment_data import tweet_pairs
+from experiments.reports import unlearning_report
+from experiments.reports.run_tables import curve
+from experiments.reports.unlearning_figures import read, share
 from experiments.unlearning_config import VARIANTS, presets
 from experiments.unlearning_data import both_sides, gather
-from experiments.unlearning_figures import read, share
 from experiments.unlearning_objectives import ascent, npo
 
 NAMES = ("sgd-plain", "sgd-project", "adam-project", "adam-invariant")

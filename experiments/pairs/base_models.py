@@ -1,0 +1,40 @@
+"""Base models that are pretrained where an experiment brings no checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from entangle import models
+from entangle.training import StageConfig
+from entangle.types import Params
+from experiments.pairs import stages
+from experiments.pairs.sentiment_data import Materials
+
+EXPORT = "huggingface"
+
+
+def base_model(
+    folder: Path, stage: StageConfig, length: int, materials: Materials, tracker: stages.TrackerFactory
+) -> Params:
+    """The checkpoint's parameters; without one, those of a base model that is pretrained or gone on with.
+
+    Args:
+      folder: its run folder, where it is left as a checkpoint folder, too.
+      stage: of pretraining.
+      length: tokens of a window.
+      materials: model, tokenizer and text.
+      tracker: makes the mirror of a run.
+
+    Raises:
+      UserError: the folder holds another run.
+      NonFiniteError: see ``training.train``.
+    """
+    if materials.checkpoint is not None:
+        return materials.checkpoint
+    program = stages.likelihood_program(materials.model, stage)
+    params = stages.pretrain(folder, materials.model, program, materials.text, length, 0, tracker)
+    if not (folder / EXPORT).exists():  # so that another experiment can start from it with --model
+        models.save_gpt2(folder / EXPORT, materials.model.config, params)
+    if not (folder / EXPORT / "tokenizer.json").exists():
+        materials.tokenizer.save(folder / EXPORT)
+    return params

@@ -1,0 +1,150 @@
+"""What experiments on preference pairs are made from: checked and encoded before anything is written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from entangle import data, losses, models, training
+from entangle.data import PreferenceRecord
+from entangle.errors import UserError
+from entangle.training import StageConfig
+from entangle.types import Params
+from experiments.pairs import stages
+from experiments.pairs.pair_config import PairConfig, PairSettings
+
+
+class Checkpoint(NamedTuple):
+    """A model with its tokenizer.
+
+    Attributes:
+      model: the policy.
+      params: its parameters.
+      tokenizer: the one that its tokens come from.
+    """
+
+    model: models.LanguageModel
+    params: Params
+    tokenizer: data.Tokenizer
+
+
+def check(settings: PairSettings) -> None:
+    """Refuse flags that cannot work, before any data is read.
+
+    Raises:
+      UserError: the objective, its hyperparameters, the pair chain or a number.
+
+    Example:
+      >>> from experiments.pairs.pair_config import PairConfig, PairSettings
+      >>> from experiments.pairs.pair_data import check
+      >>> check(PairConfig(seeds=0))
+      Traceback (most recent call last):
+      entangle.errors.UserError: --seeds 0: at least one is needed
+    """
+    losses.get_objective(settings.objective, **settings.objective_args)
+    training.pair_chain(settings.pair_chain, **settings.pair_chain_args)
+    counts = ("eval_batch", "max_length", "train_pairs", "held_out_pairs")
+    for name in ("seeds", *counts) if isinstance(settings, PairConfig) else counts:
+        if getattr(settings, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least one is needed")
+    if settings.preference.eval_every < 1:
+        raise UserError("--preference.eval-every 0: the figures are drawn from the evaluations")
+    if not 0 <= settings.probe_pairs <= settings.held_out_pairs:
+        raise UserError(f"--probe-pairs {settings.probe_pairs}: from 0 to the {settings.held_out_pairs} held-out pairs")
+
+
+def check_size(stage: str, config: StageConfig, count: int, what: str) -> None:
+    """Refuse a batch that is larger than what there is to train on.
+
+    Raises:
+      UserError: it is.
+
+    Example:
+      >>> from entangle.training import StageConfig
+      >>> from experiments.pairs.pair_data import check_size
+      >>> check_size("sft", StageConfig(1, 8), 4, "training pairs")
+      Traceback (most recent call last):
+      entangle.errors.UserError: --sft.batch-size 8: there are only 4 training pairs
+    """
+    if count < config.batch_size:
+        raise UserError(f"--{stage}.batch-size {config.batch_size}: there are only {count} {what}")
+
+
+def check_length(settings: PairSettings, name: str, shape: models.DecoderConfig) -> None:
+    """Refuse rows that are longer than the model reaches.
+
+    Raises:
+      UserError: they are.
+    """
+    if settings.max_length > shape.max_positions:
+        raise UserError(
+            f"--max-length {settings.max_length}: model {name} has {shape.max_positions} positions; "
+            f"give --max-length {shape.max_positions} or less"
+        )
+
+
+def load_checkpoint(settings: PairSettings, folder: str) -> Checkpoint:
+    """Read a Hugging Face GPT-2 folder with its tokenizer.
+
+    Raises:
+      UserError: a file is missing or broken, another architecture, a tokenizer or rows that do not fit the model.
+    """
+    shape, params = models.load_gpt2(folder)
+    tokenizer = data.load_tokenizer(folder)
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {shape.vocab_size}")
+    check_length(settings, folder, shape)
+    return Checkpoint(models.language_model(shape), params, tokenizer)
+
+
+def encode(
+    settings: PairSettings,
+    tokenizer: data.Tokenizer,
+    name: str,
+    train: Sequence[PreferenceRecord],
+    held_out: Sequence[PreferenceRecord],
+    *,
+    add_eos: bool,
+    trained: Sequence[str] = ("sft", "preference"),
+) -> tuple[stages.PreferenceData, dict[str, list[str]]]:
+    """Store both splits through TFDS and encode them.
+
+    They go into TFDS's own folder (or ``settings.data_dir``), under a name that carries their fingerprint.
+
+    Args:
+      settings: the configuration.
+      tokenizer: the tokenizer.
+      name: of the pair set.
+      train: training pairs.
+      held_out: pairs that are only looked at.
+      add_eos: whether completions end with the end-of-text token.
+      trained: the stages that take batches of the training pairs.
+
+    Returns:
+      Both splits, and split -> lines that tell what became of its pairs.
+
+    Raises:
+      UserError: a split is empty, or smaller than what a batch or the probe needs.
+    """
+    records: Mapping[str, Sequence[PreferenceRecord]] = {"train": train, "held_out": held_out}
+    prepared = data.prepare_pairs(name, records, settings.data_dir or tfds_folder())
+    encoded, lines = {}, {}
+    for split in records:
+        stored = data.load_pairs(prepared, split)
+        encoded[split], found = data.encode_pairs(stored, tokenizer, settings.max_length, add_eos=add_eos)
+        lines[split] = found.lines()
+    for stage in trained:
+        check_size(stage, getattr(settings, stage), len(encoded["train"].tokens), "training pairs")
+    count = len(encoded["held_out"].tokens)
+    if count < settings.probe_pairs:
+        raise UserError(
+            f"--probe-pairs {settings.probe_pairs}: there are only {count} held-out pairs; give --probe-pairs {count} or fewer"
+        )
+    return stages.PreferenceData(**encoded), lines
+
+
+def tfds_folder() -> Path:
+    """TFDS's own folder: ``TFDS_DATA_DIR``, or ``tensorflow_datasets`` in the user's home."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets")

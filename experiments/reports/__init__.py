@@ -1,0 +1,1 @@
+"""Tables, figures, claims and pages: what experiments show. Everything here reads run folders and trains nothing."""

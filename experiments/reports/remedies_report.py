@@ -1,0 +1,144 @@
+"""What a sweep over remedies shows of their promises, from its run folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from experiments.reports import remedies_figures, sweep_report
+from experiments.reports.claims import Verdict, judge
+from experiments.reports.remedies_figures import MARGIN, Panels
+from experiments.reports.run_tables import recorded, spread
+from experiments.reports.sweep_tables import Group, read_sweep
+
+CLAIMED = {
+    "pairwise_normalized": "section 5.1",
+    "one_sided": "its Scope",
+    "protect_chosen": "its Scope",
+    "oracle masks": "section 5.2",
+    "learned masks": "section 5.2",
+    "dpop": "Figure 2",
+    "cpo": "Figure 2",
+}
+"""What is said to end with a higher chosen log-probability than plain margin, and where."""
+PROMISED = ("normalized", "pairwise_normalized", "band", "pairwise_band", "pcgrad", "one_sided", "protect_chosen")
+"""Chains whose scope promises that the chosen side does not fall."""
+NOTES = (
+    "A remedy that moves less also lowers less, so both are judged: at the end, and where the held-out margin has grown as "
+    "far under both (the smaller of the two ends, between evaluations along a straight line). What a scope promises is about "
+    "the step's own batch sums (or single pairs), to first order, under a plain step; what is judged here is what a user has "
+    "of it: the mean chosen log-probability of held-out probe pairs, after each step minus before, and in how many of the "
+    "runs no step lowers it. The ideal share of a pairwise rule is that of the coefficients it makes: by definition 100 % "
+    "where it promises both sides. Masks leave out tokens in training alone: everything here is measured on whole responses."
+)
+
+
+def redraw(out: Path) -> list[Path]:
+    """Figures and report of a sweep's folder, from its run folders alone.
+
+    Returns:
+      The files that a reader wants.
+
+    Raises:
+      UserError: it holds no sweep, or no trial that is done.
+    """
+    sweep = read_sweep(out)
+    panels = remedies_figures.panels(sweep)
+    pictures = remedies_figures.draw(sweep, out / "figures")
+    title = "Remedies over a whole training, under SGD and under AdamW"
+    return [*pictures, sweep_report.write(out, sweep, title, verdicts(panels), pictures, NOTES)]
+
+
+def verdicts(panels: Panels) -> list[Verdict]:
+    """What the sweep says of the remedies.
+
+    Args:
+      panels: see ``remedies_figures.panels``.
+    """
+    found: list[Verdict] = []
+    for objective, by_optimizer in panels.items():
+        for optimizer, methods in by_optimizer.items():
+            found += _higher(f"{objective}, {optimizer}", methods)
+    return [*found, *_told(panels), *_kept(panels)]
+
+
+def at_like_margins(one: Group, other: Group) -> np.ndarray:
+    """Difference of the chosen log-probability's change where the margin has grown as far under both, one a seed.
+
+    NaN where one of the margins has not grown. Both have the same seeds.
+    """
+    found = []
+    curves = [[group.curve(f"eval/{name}").values for name in ("margin", "log_prob/chosen")] for group in (one, other)]
+    for margins, chosens in zip(
+        zip(*(margin for margin, _ in curves), strict=True),
+        zip(*(chosen for _, chosen in curves), strict=True),
+        strict=True,
+    ):
+        grown = [np.maximum.accumulate(margin - margin[0]) for margin in margins]
+        least = min(growth[-1] for growth in grown)
+        reached = [np.interp(least, growth, chosen - chosen[0]) for growth, chosen in zip(grown, chosens, strict=True)]
+        found.append(reached[0] - reached[1] if least > 0 else np.nan)
+    return np.asarray(found)
+
+
+def _higher(where: str, methods: Mapping[str, Group]) -> list[Verdict]:
+    found: list[Verdict] = []
+    plain = methods.get(MARGIN)
+    for name, source in CLAIMED.items():
+        group = methods.get(name)
+        if plain is None or group is None or group.seeds != plain.seeds:
+            continue
+        end = group.change("eval/log_prob/chosen") - plain.change("eval/log_prob/chosen")
+        text = f"{where}: under {name} the chosen log-probability ends higher than under margin"
+        found.append(Verdict(text, source, judge(end > 0), f"difference {spread(end, 'nats')}"))
+        like = at_like_margins(group, plain)
+        text = f"{where}: under {name} it is higher also where margins are alike"
+        if np.isfinite(like).all():
+            found.append(Verdict(text, source, judge(like > 0), f"difference {spread(like, 'nats')}"))
+        else:
+            found.append(Verdict(text, source, "not judged", "in a seed a margin has not grown"))
+    return found
+
+
+def _told(panels: Panels) -> list[Verdict]:
+    """Whether learned masks have come to leave out what both responses share."""
+    found = []
+    for objective, by_optimizer in panels.items():
+        for optimizer, methods in by_optimizer.items():
+            if "learned masks" not in methods:
+                continue
+            shared, differing = (methods["learned masks"].last(f"eval/mask/{name}") for name in ("shared", "differing"))
+            text = f"{objective}, {optimizer}: learned masks keep less of the tokens that both responses share"
+            numbers = (
+                f"{spread(shared, signed=False)} of them, {spread(differing, signed=False)} of the others at the end"
+            )
+            found.append(Verdict(text, "section 5.2", judge(shared < differing), numbers))
+    return found
+
+
+def _kept(panels: Panels) -> list[Verdict]:
+    """Of every chain that promises it, whether no step lowers the chosen side; over seeds and objectives."""
+    shares: dict[str, dict[str, np.ndarray]] = {}
+    for by_optimizer in panels.values():
+        for optimizer, methods in by_optimizer.items():
+            for name in (MARGIN, *PROMISED):
+                if name in methods and recorded(methods[name].records, "probe/realised/chosen"):
+                    before = shares.setdefault(name, {}).get(optimizer, np.zeros(0))
+                    shares[name][optimizer] = np.concatenate([before, remedies_figures.kept(methods[name])])
+    found = []
+    for name in [name for name in PROMISED if name in shares]:
+        for optimizer, share in shares[name].items():
+            plain = shares.get(MARGIN, {}).get(optimizer)
+            beside = f"; under margin {spread(plain, signed=False)}" if plain is not None else ""
+            text = f"{name}, {optimizer}: no step lowers the probe's chosen log-probability"
+            numbers = f"share of steps that do not {spread(share, signed=False)}{beside}"
+            found.append(Verdict(text, "held-out probe", judge(share == 1, "run"), numbers))
+        if {"sgd", "adamw"} <= shares[name].keys() and len(shares[name]["sgd"]) == len(shares[name]["adamw"]):
+            more = shares[name]["sgd"] - shares[name]["adamw"]
+            text = f"{name}: fewer steps lower it under SGD than under AdamW"
+            found.append(
+                Verdict(text, "held-out probe", judge(more > 0, "run"), f"difference of shares {spread(more)}")
+            )
+    return found

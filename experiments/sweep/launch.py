@@ -1,0 +1,125 @@
+"""A sweep from its points to its page: plan, run what is not over, summarise, draw."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from entangle import training
+from entangle.errors import UserError
+from entangle.training.run_folder import DONE, one_at_a_time, read_json
+from experiments.pairs.pair_config import identity
+from experiments.sweep import Overrides, Status, Trial, folder_of, open_sweep, plan, status, waiting, wandb_agents
+from experiments.sweep import summary as summaries
+from experiments.sweep.settings import SweepConfig
+from experiments.sweep.trial_config import TrialConfig
+from experiments.sweep.trials import FAILED, fingerprint
+
+CHECKED = (
+    *("objective", "objective_args", "pair_chain", "pair_chain_args", "masks", "sparsity", "layers"),
+    *("data", "held_out", "pair_set", "max_length", "eval_batch", "train_pairs", "held_out_pairs", "probe_pairs"),
+)
+"""Fields of a trial that can be wrong without any data being read; all but the stages, which check themselves."""
+Measure = Callable[[Path, Sequence[Trial[TrialConfig]]], None]
+Launch = Callable[[Path, Sequence[Trial[TrialConfig]]], None]
+
+
+def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], measure: Measure | None = None) -> list[Path]:
+    """Run or continue a sweep.
+
+    Args:
+      settings: the configuration.
+      kind: of experiment, part of the folder's identity; ``experiments.figures`` knows what draws it.
+      points: the sweep: overrides of ``settings.trial``.
+      measure: the sweep's folder and its trials that are done to files in the trials' folders, before these are drawn.
+
+    Returns:
+      These files; none where trials are left to other shares or processes.
+
+    Raises:
+      UserError: bad input, or machines that cannot be reached; nothing has been overwritten.
+      UnfinishedError: machines died too often; all that could be run is over.
+    """
+    if settings.ray.address:
+        jax.config.update("jax_platforms", "cpu")  # this process trains nothing: accelerators are left to the tasks
+    place, shares = settings.shares()
+    trials = plan(settings.trial, points, identity, settings.out)
+    if not trials:
+        raise UserError("the sweep has no trials")
+    todo = waiting(settings.out, trials[place - 1 :: shares], retry_failed=settings.retry_failed)
+    _check(todo)
+    if settings.export_wandb:
+        return [wandb_agents.export(settings.export_wandb, kind, settings, len(trials))]
+    with _launcher(settings, kind) if todo else contextlib.nullcontext() as launch:
+        folder = open_sweep(settings.out, kind, identity(settings.trial))
+        print(f"{kind}: {len(trials)} trials, {len(todo)} to run; output: {settings.out}", flush=True)
+        for trial in todo:
+            (folder_of(settings.out, trial) / FAILED).unlink(missing_ok=True)
+        if launch is not None:
+            launch(settings.out, todo)
+    standing = [status(folder_of(settings.out, trial)) for trial in trials]
+    if not set(standing) <= {Status.DONE, Status.FAILED}:
+        print(f"{sum(s in (Status.NEW, Status.BEGUN) for s in standing)} trials are not over yet: no figures")
+        return []
+    if folder.done and not todo:
+        files = read_json(settings.out / DONE)["files"]
+        if all((settings.out / file).exists() for file in files):
+            return [settings.out / file for file in files]
+    from experiments import figures
+
+    with one_at_a_time(settings.out):
+        if measure is not None:
+            measure(settings.out, [t for t, now in zip(trials, standing, strict=True) if now is Status.DONE])
+        files = [summaries.write(settings.out), *figures.redraw(settings.out)]
+        folder.mark_done({"files": [str(file.relative_to(settings.out)) for file in files]})
+    return files
+
+
+@contextlib.contextmanager
+def _launcher(settings: SweepConfig, kind: str) -> Iterator[Launch]:
+    """What runs trials: this process, or a cluster for as long as this process is connected to it."""
+    from experiments.sweep import trial_runs  # what trains takes seconds to import
+
+    tracker, packing = _trackers(settings, kind), settings.packing
+    if not settings.ray.address:
+        yield functools.partial(trial_runs.run, tracker=tracker, packing=packing)
+        return
+    from experiments.sweep import on_ray, ray_cluster
+
+    with ray_cluster.connected(settings.ray) as room:
+        yield functools.partial(on_ray.run, tracker=tracker, packing=packing, settings=settings.ray, room=room)
+
+
+def _trackers(settings: SweepConfig, kind: str) -> Callable[[Path, Mapping[str, Any]], training.Tracker]:
+    if not settings.track:
+        return lambda folder, config: training.NoTracker()
+    group = f"{kind} {settings.out.resolve().name}"
+
+    def tracker(folder: Path, config: Mapping[str, Any]) -> training.Tracker:
+        # an agent of W&B has one run for a trial, and none for the models that trials start from
+        if os.environ.get("WANDB_SWEEP_ID") and config["kind"] != "preference":
+            return training.NoTracker()
+        return training.WandbTracker(folder, config, group=group)
+
+    return tracker
+
+
+def _check(trials: Sequence[Trial[TrialConfig]]) -> None:
+    """Refuse what cannot work, before anything is written; each kind of trial once."""
+    if not trials:
+        return
+    from experiments.sweep import trial_data  # what reads data and models takes seconds to import
+
+    seen = set()
+    for trial in trials:
+        config = trial.config
+        key = fingerprint({name: getattr(config, name) for name in CHECKED})
+        if key not in seen:
+            seen.add(key)
+            trial_data.check(config)

@@ -1,0 +1,1 @@
+"""The theorems' own model set-ups: what the paper predicts of each, and what is measured."""
