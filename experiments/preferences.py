@@ -17,14 +17,12 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-from entangle import data
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, StageConfig
 from experiments import command_line
-from experiments.pairs import pair_data, pair_runs, references, stages
-from experiments.pairs.pair_config import NOT_EVALUATED, PairConfig, PairSettings
-
-PAIR_SET = "preferences"
+from experiments.pairs import pair_data, pair_runs, preference_files, references, stages
+from experiments.pairs.pair_config import NOT_EVALUATED, PairConfig
+from experiments.pairs.preference_files import PAIR_SET
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,90 +101,11 @@ def gather(settings: PreferencesConfig) -> Materials:
         if not getattr(settings, name):
             raise UserError(f"name {what} with --{name}")
     checkpoint = pair_data.load_checkpoint(settings, settings.model)
-    records = read_records(settings.data, settings.held_out)
+    records = preference_files.read_records(settings.data, settings.held_out)
     trained = ("sft", "preference") if settings.sft_first else ("preference",)
-    pairs, report = encode_records(settings, checkpoint.tokenizer, records, trained)
+    pairs, report = preference_files.encode_records(settings, checkpoint.tokenizer, records, trained)
     references.check(settings, checkpoint, {PAIR_SET: pairs}, sft_first=settings.sft_first)
     return Materials(checkpoint, pairs, report)
-
-
-class Records(NamedTuple):
-    """The pairs of one or two files, no prompt on both sides.
-
-    Attributes:
-      train: to train on.
-      held_out: to look at.
-      lines: what became of the files' lines.
-    """
-
-    train: list[data.PreferenceRecord]
-    held_out: list[data.PreferenceRecord]
-    lines: list[str]
-
-
-def read_records(file: str, held_out: str = "") -> Records:
-    """Read one or two preference files and divide them by prompt.
-
-    Args:
-      file: .jsonl or .jsonl.gz.
-      held_out: a second one; without it every eighth prompt of the first is held out.
-
-    Raises:
-      UserError: bad input.
-    """
-    records, found = data.read_preferences(file)
-    lines, others = found.lines(), None
-    if held_out:
-        others, found = data.read_preferences(held_out)
-        lines += found.lines()
-    try:
-        train, kept = data.divide_by_prompt(records, others)
-    except UserError as error:
-        raise _of_the_files(f"{error} with --held-out", lines) from None
-    if others is not None:
-        lines.append(f"{len(records) - len(train)} training pairs left out: their prompt is held out")
-    return Records(train, kept, lines)
-
-
-def encode_records(
-    settings: PairSettings, tokenizer: data.Tokenizer, records: Records, trained: Sequence[str]
-) -> tuple[stages.PreferenceData, dict[str, list[str]]]:
-    """Encode the first ``train_pairs`` and ``held_out_pairs`` records.
-
-    Args:
-      settings: of the runs.
-      tokenizer: the model's.
-      records: what the files hold.
-      trained: the stages that take batches of the training pairs.
-
-    Returns:
-      Both splits, and lines that tell what became of the files' lines and of each split's pairs.
-
-    Raises:
-      UserError: too few pairs.
-    """
-    train, held_out, lines = records.train, records.held_out, list(records.lines)
-    for flag, kept, most in (("train", train, settings.train_pairs), ("held-out", held_out, settings.held_out_pairs)):
-        if len(kept) > most:
-            lines.append(f"the first {most} of {len(kept)} {flag} pairs are taken (--{flag}-pairs)")
-    try:
-        pairs, report = pair_data.encode(
-            settings,
-            tokenizer,
-            PAIR_SET,
-            train[: settings.train_pairs],
-            held_out[: settings.held_out_pairs],
-            add_eos=True,
-            trained=trained,
-        )
-    except UserError as error:
-        raise _of_the_files(str(error), lines) from None
-    return pairs, {"files": lines, **report}
-
-
-def _of_the_files(error: str, lines: Sequence[str]) -> UserError:
-    """Where pairs are too few, a reader wants to know what became of the files' lines."""
-    return UserError(f"{error} ({'; '.join(line.strip() for line in lines)})")
 
 
 def run(settings: PreferencesConfig) -> list[Path]:

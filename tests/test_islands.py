@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import entangle
+import experiments
 
 PACKAGE = Path(entangle.__file__).parent
 # A part may import itself and those before it; the islands need jax and optax alone.
@@ -25,6 +26,9 @@ ORDER = (
     "transforms",
     "training",
 )
+EXPERIMENTS = Path(experiments.__file__).parent
+WALLS = {"pairs": set(), "theorems": set(), "sweep": {"pairs"}, "reports": {"sweep", "theorems"}}
+"""Folder of experiments -> the others that it may import. What one runs is beside them and may import all."""
 ISLANDS = ("losses", "geometry", "transforms")
 BASE = {"jax", "optax", "entangle"} | set(sys.stdlib_module_names)
 FOREIGN = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "wandb", "ray", "tokenizers", "matplotlib", "grain")
@@ -69,6 +73,15 @@ def test_imports_go_leftward(part):
             if root == "entangle":
                 other = rest.split(".")[0]
                 assert ORDER.index(other) <= ORDER.index(part), f"{file} imports {name}, which is to its right"
+
+
+@pytest.mark.parametrize("folder", WALLS)
+def test_folders_of_experiments_import_one_way(folder):
+    known = {p.parent.name for p in EXPERIMENTS.glob("*/__init__.py")}
+    assert known == set(WALLS)
+    for file in (EXPERIMENTS / folder).glob("*.py"):
+        others = {name.split(".")[1] for name in imported(file) if name.startswith("experiments.")} & known
+        assert others <= WALLS[folder] | {folder}, f"{file} imports {others - WALLS[folder] - {folder}}"
 
 
 @pytest.mark.parametrize("part", ISLANDS)

@@ -8,8 +8,7 @@ import numpy as np
 
 from entangle import data, losses, models
 from entangle.errors import UserError
-from experiments import preferences
-from experiments.pairs import pair_data, sentiment_data
+from experiments.pairs import pair_data, preference_files, sentiment_data
 from experiments.pairs.sentiment_data import Materials
 from experiments.sweep.trial_config import TrialConfig
 from experiments.sweep.trial_masks import MASKS
@@ -49,7 +48,7 @@ def check(config: TrialConfig) -> None:
 
 def name_of_pairs(config: TrialConfig) -> str:
     """The pair set's name; a preference file has one of its own."""
-    return preferences.PAIR_SET if config.from_file else config.pair_set
+    return preference_files.PAIR_SET if config.from_file else config.pair_set
 
 
 def gather(config: TrialConfig) -> Materials:
@@ -63,11 +62,11 @@ def gather(config: TrialConfig) -> Materials:
 
 
 def _from_file(config: TrialConfig) -> Materials:
-    records = preferences.read_records(config.data, config.held_out)
+    records = preference_files.read_records(config.data, config.held_out)
     trained = ("sft", "preference") if config.sft_first else ("preference",)
     if config.model not in models.PRESETS:
         base = pair_data.load_checkpoint(config, config.model)
-        pairs, report = preferences.encode_records(config, base.tokenizer, records, trained)
+        pairs, report = preference_files.encode_records(config, base.tokenizer, records, trained)
         model, checkpoint, tokenizer, text = base.model, base.params, base.tokenizer, np.zeros(0, np.int32)
     else:
         # the base model reads what is preferred, and nothing that is held out
@@ -79,8 +78,8 @@ def _from_file(config: TrialConfig) -> Materials:
         text = data.encode_text(texts, tokenizer)
         windows = len(text) // config.max_length
         pair_data.check_size("base", config.base, windows, f"windows of {config.max_length} tokens")
-        pairs, report = preferences.encode_records(config, tokenizer, records, trained)
-    name = preferences.PAIR_SET
+        pairs, report = preference_files.encode_records(config, tokenizer, records, trained)
+    name = preference_files.PAIR_SET
     return Materials(tokenizer, model, checkpoint, text, {name: pairs}, {name: report})
 
 

@@ -1,0 +1,93 @@
+"""Preference files as experiments take them: read, divided by prompt and encoded, with what became of their lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from entangle import data
+from entangle.errors import UserError
+from experiments.pairs import pair_data, stages
+from experiments.pairs.pair_config import PairSettings
+
+PAIR_SET = "preferences"
+"""What the pairs of preference files are called beside the named pair sets."""
+
+
+class Records(NamedTuple):
+    """The pairs of one or two files, no prompt on both sides.
+
+    Attributes:
+      train: to train on.
+      held_out: to look at.
+      lines: what became of the files' lines.
+    """
+
+    train: list[data.PreferenceRecord]
+    held_out: list[data.PreferenceRecord]
+    lines: list[str]
+
+
+def read_records(file: str, held_out: str = "") -> Records:
+    """Read one or two preference files and divide them by prompt.
+
+    Args:
+      file: .jsonl or .jsonl.gz.
+      held_out: a second one; without it every eighth prompt of the first is held out.
+
+    Raises:
+      UserError: bad input.
+    """
+    records, found = data.read_preferences(file)
+    lines, others = found.lines(), None
+    if held_out:
+        others, found = data.read_preferences(held_out)
+        lines += found.lines()
+    try:
+        train, kept = data.divide_by_prompt(records, others)
+    except UserError as error:
+        raise _of_the_files(f"{error} with --held-out", lines) from None
+    if others is not None:
+        lines.append(f"{len(records) - len(train)} training pairs left out: their prompt is held out")
+    return Records(train, kept, lines)
+
+
+def encode_records(
+    settings: PairSettings, tokenizer: data.Tokenizer, records: Records, trained: Sequence[str]
+) -> tuple[stages.PreferenceData, dict[str, list[str]]]:
+    """Encode the first ``train_pairs`` and ``held_out_pairs`` records.
+
+    Args:
+      settings: of the runs.
+      tokenizer: the model's.
+      records: what the files hold.
+      trained: the stages that take batches of the training pairs.
+
+    Returns:
+      Both splits, and lines that tell what became of the files' lines and of each split's pairs.
+
+    Raises:
+      UserError: too few pairs.
+    """
+    train, held_out, lines = records.train, records.held_out, list(records.lines)
+    for flag, kept, most in (("train", train, settings.train_pairs), ("held-out", held_out, settings.held_out_pairs)):
+        if len(kept) > most:
+            lines.append(f"the first {most} of {len(kept)} {flag} pairs are taken (--{flag}-pairs)")
+    try:
+        pairs, report = pair_data.encode(
+            settings,
+            tokenizer,
+            PAIR_SET,
+            train[: settings.train_pairs],
+            held_out[: settings.held_out_pairs],
+            add_eos=True,
+            trained=trained,
+        )
+    except UserError as error:
+        raise _of_the_files(str(error), lines) from None
+    return pairs, {"files": lines, **report}
+
+
+def _of_the_files(error: str, lines: Sequence[str]) -> UserError:
+    """Where pairs are too few, a reader wants to know what became of the files' lines."""
+    return UserError(f"{error} ({'; '.join(line.strip() for line in lines)})")
