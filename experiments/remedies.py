@@ -24,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig
@@ -37,6 +38,9 @@ KIND = "remedies"
 OPTIMIZER = "preference.optimizer"
 SWEPT = ("objective", "pair_chain", "masks", f"{OPTIMIZER}.name", f"{OPTIMIZER}.learning_rate", "seed")
 
+SGD_FACTORS = MappingProxyType({"normalized": 1 / 3, "pairwise_normalized": 15.0, "dpop": 0.01, "cpo": 0.05})
+"""Method -> what its learning rate under SGD is over that of the others; from short runs, see above."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RemediesConfig(SweepConfig):
@@ -49,7 +53,8 @@ class RemediesConfig(SweepConfig):
       beside: objectives by plain margin alone.
       optimizers: sgd, adamw.
       learning_rates: one an optimizer.
-      sgd_factors: chain, masks, or objective beside -> what its learning rate under SGD is over that of the others.
+      sgd_factors: chain, masks, or objective beside -> what its learning rate under SGD is over that of the others, in the
+        place of SGD_FACTORS.
     """
 
     out: Path = Path("runs/remedies")
@@ -62,9 +67,7 @@ class RemediesConfig(SweepConfig):
     beside: tuple[str, ...] = ("dpop", "cpo")
     optimizers: tuple[str, ...] = ("sgd", "adamw")
     learning_rates: tuple[float, ...] = (0.05, 2e-4)
-    sgd_factors: dict[str, float] = dataclasses.field(
-        default_factory=lambda: {"normalized": 1 / 3, "pairwise_normalized": 15.0, "dpop": 0.01, "cpo": 0.05}
-    )
+    sgd_factors: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def presets() -> dict[str, RemediesConfig]:
@@ -102,7 +105,8 @@ def sweep(settings: RemediesConfig | None = None) -> Iterator[Overrides]:
       settings: the default sweep's by default.
 
     Raises:
-      UserError: there are not as many learning rates as optimizers; or masks would be learned by no objective.
+      UserError: there are not as many learning rates as optimizers; masks would be learned by no objective; or a factor is
+        of a method that the sweep does not have.
 
     Example:
       >>> from experiments.remedies import sweep
@@ -112,6 +116,10 @@ def sweep(settings: RemediesConfig | None = None) -> Iterator[Overrides]:
     settings = settings or presets()["laptop"]
     if "learned" in settings.masks and "dpo" not in settings.objectives:
         raise UserError("--masks learned: dpo trains them, and is not among --objectives")
+    for name in settings.sgd_factors:
+        if name not in (*settings.chains, *settings.masks, *settings.beside):
+            raise UserError(f"--sgd-factors {name}: it is not among --chains, --masks or --beside")
+    factors = {**SGD_FACTORS, **settings.sgd_factors}
     optimizers = list(
         zipped({f"{OPTIMIZER}.name": settings.optimizers, f"{OPTIMIZER}.learning_rate": settings.learning_rates})
     )
@@ -127,7 +135,7 @@ def sweep(settings: RemediesConfig | None = None) -> Iterator[Overrides]:
     for method in methods:
         beside = method["objective"] not in settings.objectives
         name = method["objective"] if beside else method.get("masks", method["pair_chain"])
-        factor = settings.sgd_factors.get(name, 1.0)
+        factor = factors.get(name, 1.0)
         for optimizer in optimizers:
             rate = optimizer[f"{OPTIMIZER}.learning_rate"] * (factor if optimizer[f"{OPTIMIZER}.name"] == "sgd" else 1)
             yield from product(

@@ -1,8 +1,9 @@
 """Entanglement against the size of the model, on the same data.
 
 Claim: none of the paper's; its two models have 7 and 8 billion parameters. Cosine, the ratio |g_l| / |g_w| and the cases are
-measured for models of growing size that were pretrained, tuned and optimised alike. What the paper says of any model is judged
-for each: where |g_l| > |g_w|, both log-probabilities fall (arXiv 2410.13828, section 3).
+measured for models of growing size that were pretrained, tuned and optimised alike. For each is judged whether both log-
+probabilities end lower where most pairs are in the case in which both fall (under equal coefficients |g_w|^2 < <g_w, g_l> <
+|g_l|^2, arXiv 2410.13828, section 3).
 
 Sizes are those of ``models.PRESETS``; a larger model also learns more in the same number of steps, which is not held apart.
 

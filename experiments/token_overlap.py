@@ -5,7 +5,7 @@ larger cosine; pairs whose hidden states are alike, by the CHES score, lose more
 this better than the edit distance (arXiv 2410.08847, whose evidence is between sets of pairs with a model for each; here
 the pairs are held-out ones of one run).
 
-Pairs are ``spliced``: whole tweets of which the rejected one begins with none, one, two, ... words of the chosen one, so that
+Pairs are ``spliced``: whole tweets of which the rejected one ends with none, one, two, ... words of the chosen one, so that
 every overlap occurs; and ``tweets``, unlike in nearly all tokens.
 
 Command: ``python -m experiments.token_overlap --out DIR``; ``--preset tweets --trial.data FOLDER`` (TweetEval's layout),

@@ -240,7 +240,7 @@ def train_trials(
       mesh: the one that the step's ``map_trials`` has; the last trial is repeated until its devices have as many each.
 
     Returns:
-      Final states, or what stopped a run.
+      Final states, on the host, or what stopped a run.
 
     Raises:
       UserError: as in ``train``.
@@ -300,6 +300,8 @@ def _train(
             if checkpoints.latest is not None:
                 ends[place], position = checkpoints.restore(states[place])
                 run.batches.set_state(position)
+            if layout is not _ALONE:  # of many only the stacked states are on the devices
+                ends[place] = jax.device_get(ends[place])
         begun = [ends[place] for place in runs]
         if not begun:
             return ends
@@ -314,7 +316,7 @@ def _train(
         if layout is not _ALONE:
             state = jax.device_get(state)
         for order, (place, run) in enumerate(runs.items()):
-            ends[place] = run.error or jax.tree.map(jnp.asarray, layout.part(state, order))
+            ends[place] = run.error or layout.part(state, order)
             if run.error is None:
                 run.mark_done(stage.steps)
     return ends

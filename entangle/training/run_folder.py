@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import uuid
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +19,8 @@ from entangle.errors import UserError
 
 CONFIG, ENVIRONMENT, METRICS, DONE = "config.json", "environment.json", "metrics.jsonl", "done.json"
 LOCK = ".lock"
-BEFORE_CONFIG = (ENVIRONMENT, f"{ENVIRONMENT}.partial", f"{CONFIG}.partial", LOCK)
-"""What a start that was killed may have left: the configuration is written last."""
+BEFORE_CONFIG, PARTIAL = (ENVIRONMENT, LOCK), ".partial"
+"""What a start that was killed may have left, partial files beside: the configuration is written last."""
 PACKAGES = ("entangle", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "grain")
 
 
@@ -34,7 +35,8 @@ def write_text(path: Path, text: str) -> None:
       >>> path.read_text(), [p.name for p in path.parent.iterdir()]
       ('whole', ['x.txt'])
     """
-    partial = path.with_name(f"{path.name}.partial")
+    # a name of its own: two processes may write one file at once
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -263,7 +265,7 @@ def check_folder(path: Path, config: Mapping[str, Any]) -> None:
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
             differ = f"{'; '.join(differences[:3])}{more}"
             raise UserError(f"{path} holds a run of another configuration: {differ}; name another folder")
-    elif strangers := sorted(p.name for p in path.iterdir() if p.name not in BEFORE_CONFIG):
+    elif strangers := sorted(p.name for p in path.iterdir() if p.name not in BEFORE_CONFIG and p.suffix != PARTIAL):
         raise UserError(f"{path} is not empty and holds no run (found {', '.join(strangers[:3])}); name another folder")
 
 

@@ -12,7 +12,7 @@ from experiments.pairs.pair_config import PairConfig, PairSettings
 TWEETS = "tweets"
 """The pair set of whole tweets: one with the second label is chosen, one with the first rejected."""
 SPLICED = "spliced"
-"""The same, but every rejected tweet begins with words of the chosen one, as many as its place says: from none to most."""
+"""The same, but every rejected tweet ends with words of the chosen one, as many as its place says: from none to most."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -126,8 +126,11 @@ def tweet_pairs(texts: Sequence[data.LabelledText], labels: Sequence[str]) -> li
 
 
 def spliced_pairs(texts: Sequence[data.LabelledText], labels: Sequence[str]) -> list[data.PreferenceRecord]:
-    """Tweet pairs of every overlap: the rejected tweet's first words are the chosen one's, no word in the first pair, one more
+    """Tweet pairs of every overlap: the rejected tweet's last words are the chosen one's, no word in the first pair, one more
     in the next, and so on, from the start again where none of its own would be left.
+
+    At the end they stand in unlike contexts, where equal tokens entangle (arXiv 2410.13828, section 4.2); at the beginning
+    their gradients would be one and the same on both sides.
 
     Example:
       >>> from entangle.data import LabelledText
@@ -135,13 +138,14 @@ def spliced_pairs(texts: Sequence[data.LabelledText], labels: Sequence[str]) -> 
       >>> said = {"negative": ["so very bad", "not at all"], "positive": ["so good now", "I do like"]}
       >>> texts = [LabelledText(text, label, "x:1") for label, both in said.items() for text in both]
       >>> [(pair.chosen, pair.rejected) for pair in spliced_pairs(texts, ("negative", "positive"))]
-      [(' so good now', ' so very bad'), (' I do like', ' I at all')]
+      [(' so good now', ' so very bad'), (' I do like', ' not at like')]
     """
     found = []
     for place, pair in enumerate(tweet_pairs(texts, labels)):
         chosen, rejected = pair.chosen.split(), pair.rejected.split()
         cut = place % max(1, min(len(chosen), len(rejected)))
-        found.append(pair._replace(rejected=" " + " ".join([*chosen[:cut], *rejected[cut:]])))
+        kept = rejected[: len(rejected) - cut]
+        found.append(pair._replace(rejected=" " + " ".join([*kept, *chosen[len(chosen) - cut :]])))
     return found
 
 

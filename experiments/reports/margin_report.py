@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def _of(sweep: Sweep, objective: str) -> dict[str, Group]:
 def _rates(group: Group) -> tuple[object, ...]:
     """What objectives are compared at: everything but the objective itself."""
     same = {name: value for name, value in group.config.items() if name not in ("objective", "objective_args", "seed")}
-    return (str(same), tuple(group.seeds))
+    return (str(same),)
 
 
 def _moves(group: Group) -> tuple[np.ndarray, np.ndarray]:
@@ -81,6 +82,8 @@ def _synchronised(label: str, group: Group) -> list[Verdict]:
 
 
 def _softer(label: str, dpo: Group, name: str, group: Group) -> Verdict:
+    if group.seeds != dpo.seeds:
+        return Verdict(f"{name} against {label}", "Figure 2", "not judged", "their seeds differ")
     more = _moves(group)[0] - _moves(dpo)[0]
     text = f"{name}: the chosen log-probability ends higher than under {label}"
     return Verdict(text, "Figure 2", judge(more > 0), f"difference {spread(more, 'nats')}")
@@ -93,12 +96,25 @@ def _in_line(sweep: Sweep) -> list[Verdict]:
         groups = [group for group in sweep.groups.values() if _rates(group) == rates]
         if len({group.config["objective"] for group in groups}) < 3:
             continue
+        seeds = sorted(set.intersection(*(set(group.seeds) for group in groups)))
+        if not seeds:
+            found.append(
+                Verdict("d_w / d_l over settings", "Figure 2", "not judged", "no seed of all settings is done")
+            )
+            continue
+        groups = [group.only(seeds) for group in groups]
         weights = np.stack([_share_of_chosen(group) for group in groups])
         ends = np.stack([_moves(group)[0] for group in groups])
         ranks = np.array([spearmanr(w, e).statistic for w, e in zip(weights.T, ends.T, strict=True)])
         text = f"over {len(groups)} settings: the larger d_w / d_l, the higher the chosen log-probability ends"
-        found.append(Verdict(text, "Figure 2", judge(ranks > 0), f"rank correlation {spread(ranks)}"))
+        found.append(
+            Verdict(text, "Figure 2", judge(ranks > 0), f"rank correlation {spread(ranks)}; seeds {_listed(seeds)}")
+        )
     return found
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
 
 
 def _share_of_chosen(group: Group) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,15 @@ def panels(sweep: Sweep) -> Panels:
     """The sweep's groups by objective, optimizer and remedy.
 
     Objectives that were run by plain margin alone, beside others with remedies, are remedies of the first objective. SGD
-    comes first, plain margin first, those beside last.
+    comes first, plain margin first, those beside last. A remedy that was run in several ways, at several learning rates say,
+    is called what the sweep calls each of them.
     """
     chains: dict[str, set[str]] = {}
     for group in sweep.groups.values():
         chains.setdefault(group.config["objective"], set()).add(remedy_label(group.config))
     mended = [objective for objective, names in chains.items() if names != {MARGIN}] or list(chains)[:1]
     found: Panels = {objective: {} for objective in mended}
+    labels = {id(group): label for label, group in sweep.groups.items()}
 
     def order(group: Group) -> tuple[Any, ...]:
         optimizer = group.config["preference"]["optimizer"]["name"]
@@ -45,10 +48,20 @@ def panels(sweep: Sweep) -> Panels:
         masks = group.config["masks"]
         return optimizer != "sgd", optimizer, group.config["objective"] not in mended, masks != "none", masks, rule
 
-    for group in sorted(sweep.groups.values(), key=order):
-        objective, chain = group.config["objective"], remedy_label(group.config)
-        place, name = (objective, chain) if objective in mended else (mended[0], objective)
-        found[place].setdefault(group.config["preference"]["optimizer"]["name"], {})[name] = group
+    def place(group: Group) -> tuple[str, str, str]:
+        objective, optimizer = group.config["objective"], group.config["preference"]["optimizer"]["name"]
+        return (
+            (objective, optimizer, remedy_label(group.config))
+            if objective in mended
+            else (mended[0], optimizer, objective)
+        )
+
+    groups = sorted(sweep.groups.values(), key=order)
+    times = Counter(map(place, groups))
+    for group in groups:
+        objective, optimizer, name = place(group)
+        name = name if times[place(group)] == 1 else labels[id(group)]
+        found[objective].setdefault(optimizer, {})[name] = group
     return found
 
 

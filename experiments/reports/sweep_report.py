@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from entangle.training.run_folder import write_text
 from experiments.reports.claims import Verdict
 from experiments.reports.preference_report import provenance
 from experiments.reports.run_tables import spread
@@ -54,7 +55,7 @@ def write(
     trained_in = sorted(path.parent for path in out.glob(f"{TRIALS}/*/environment.json"))
     parts += [_failed(sweep), _trials(out), provenance(out, trained_in=trained_in)]
     file = out / "report.md"
-    file.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+    write_text(file, "\n\n".join(filter(None, parts)) + "\n")
     return file
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,12 @@ class Group(NamedTuple):
     seeds: list[int]
     records: list[list[dict[str, Any]]]
     names: tuple[str, ...] = ()
+
+    def only(self, seeds: Sequence[int]) -> Group:
+        """The same of some of its seeds, in their order."""
+        places = [self.seeds.index(seed) for seed in seeds]
+        names = tuple(self.names[place] for place in places) if self.names else ()
+        return self._replace(seeds=list(seeds), records=[self.records[place] for place in places], names=names)
 
     def curve(self, metric: str) -> Curve:
         """A metric over the steps, one row a seed."""

@@ -127,7 +127,7 @@ def verdicts(pairs: Pairs) -> list[Verdict]:
                 numbers = (
                     f"sizes of the correlations in their claimed directions: {spread(-theirs)} against {spread(edits)}"
                 )
-                found.append(Verdict(text, "2410.08847", judge(-theirs > edits), numbers))
+                found.append(Verdict(text, "2410.08847", judge((-theirs > edits) & (-theirs > 0)), numbers))
     return found
 
 

@@ -18,8 +18,8 @@ from experiments.pairs.pair_config import identity
 from experiments.sweep import Overrides, Status, Trial, folder_of, open_sweep, plan, status, waiting, wandb_agents
 from experiments.sweep import summary as summaries
 from experiments.sweep.settings import SweepConfig
-from experiments.sweep.trial_config import TrialConfig
-from experiments.sweep.trials import FAILED, fingerprint
+from experiments.sweep.trial_config import TrialConfig, data_fingerprint
+from experiments.sweep.trials import FAILED, check_sweep, fingerprint
 
 CHECKED = (
     *("objective", "objective_args", "pair_chain", "pair_chain_args", "masks", "sparsity", "layers"),
@@ -53,11 +53,14 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], measure: 
     if not trials:
         raise UserError("the sweep has no trials")
     todo = waiting(settings.out, trials[place - 1 :: shares], retry_failed=settings.retry_failed)
-    _check(todo)
+    check_sweep(settings.out, kind, identity(settings.trial))
+    gathered = _check(todo)
     if settings.export_wandb:
         return [wandb_agents.export(settings.export_wandb, kind, settings, len(trials))]
-    with _launcher(settings, kind) if todo else contextlib.nullcontext() as launch:
-        folder = open_sweep(settings.out, kind, identity(settings.trial))
+    with _launcher(settings, kind, gathered) if todo else contextlib.nullcontext() as launch:
+        folder = open_sweep(settings.out, kind, identity(settings.trial), trials)
+        if todo:
+            (settings.out / DONE).unlink(missing_ok=True)  # what was drawn before is not the whole sweep any more
         print(f"{kind}: {len(trials)} trials, {len(todo)} to run; output: {settings.out}", flush=True)
         for trial in todo:
             (folder_of(settings.out, trial) / FAILED).unlink(missing_ok=True)
@@ -82,13 +85,13 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], measure: 
 
 
 @contextlib.contextmanager
-def _launcher(settings: SweepConfig, kind: str) -> Iterator[Launch]:
+def _launcher(settings: SweepConfig, kind: str, gathered: Mapping[str, Any]) -> Iterator[Launch]:
     """What runs trials: this process, or a cluster for as long as this process is connected to it."""
     from experiments.sweep import trial_runs  # what trains takes seconds to import
 
     tracker, packing = _trackers(settings, kind), settings.packing
     if not settings.ray.address:
-        yield functools.partial(trial_runs.run, tracker=tracker, packing=packing)
+        yield functools.partial(trial_runs.run, tracker=tracker, packing=packing, gathered=gathered)
         return
     from experiments.sweep import on_ray, ray_cluster
 
@@ -110,16 +113,25 @@ def _trackers(settings: SweepConfig, kind: str) -> Callable[[Path, Mapping[str, 
     return tracker
 
 
-def _check(trials: Sequence[Trial[TrialConfig]]) -> None:
-    """Refuse what cannot work, before anything is written; each kind of trial once."""
+def _check(trials: Sequence[Trial[TrialConfig]]) -> dict[str, Any]:
+    """Refuse what cannot work, before anything is written; each kind of trial, and each one's data and model, once.
+
+    Returns:
+      Data fingerprint -> what such trials are made from.
+    """
     if not trials:
-        return
+        return {}
     from experiments.sweep import trial_data  # what reads data and models takes seconds to import
 
-    seen = set()
+    seen, gathered = set(), {}
     for trial in trials:
         config = trial.config
         key = fingerprint({name: getattr(config, name) for name in CHECKED})
         if key not in seen:
             seen.add(key)
             trial_data.check(config)
+    for trial in trials:
+        digits = data_fingerprint(trial.config)
+        if digits not in gathered:
+            gathered[digits] = trial_data.gather(trial.config)
+    return gathered

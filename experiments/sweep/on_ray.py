@@ -8,6 +8,7 @@ process or its node dies, Ray starts the task again, and it goes on from the che
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import sys
@@ -62,7 +63,7 @@ def run(
         job = _remote(_prepare, settings).remote(where, out, trials, tracker)
         _raise_unfinished(_follow({job: trials}, progress)[1], progress)
     train = _remote(_train, settings)
-    jobs = {train.remote(where, out, task, tracker, packing, settings.patience): task for task in tasks}
+    jobs = {train.remote(where, out, task, tracker, packing, settings): task for task in tasks}
     elsewhere, crashed = _follow(jobs, progress)
     end = time.monotonic() + settings.patience
     while progress.left.keys() - elsewhere - crashed.keys() and time.monotonic() < end:
@@ -132,11 +133,12 @@ def _train(
     trials: Sequence[TrialOf],
     tracker: stages.TrackerFactory,
     packing: Packing,
-    patience: float,
+    settings: OnRay,
 ) -> list[str]:
     """A task: run the trials that are not over, and wait for those that others hold, but not for ever; the names of these."""
     _enter(where, out)
-    end = time.monotonic() + patience
+    packing = _own(packing, settings)
+    end = time.monotonic() + settings.patience
     while left := waiting(out, trials):
         if free := [trial for trial in left if not in_use(folder_of(out, trial))]:
             trial_runs.run(out, free, tracker, packing)
@@ -145,6 +147,14 @@ def _train(
         else:
             time.sleep(POLL)
     return [trial.name for trial in left]
+
+
+def _own(packing: Packing, settings: OnRay) -> Packing:
+    """Tasks side by side on one host share its memory, as they share its CPUs."""
+    if packing.memory_gib or jax.default_backend() != "cpu":
+        return packing
+    share = min(1.0, (settings.cpus or 1.0) / (os.cpu_count() or 1))
+    return dataclasses.replace(packing, memory_gib=share * trial_runs.memory() / 2**30)
 
 
 def _enter(where: Path, out: Path) -> None:

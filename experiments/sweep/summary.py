@@ -9,13 +9,13 @@ from typing import Any
 
 from entangle.training.run_folder import CONFIG, DONE, read_json, write_text
 from experiments.command_line import leaves
-from experiments.sweep.trials import FAILED, TRIALS, Status, status
+from experiments.sweep.trials import FAILED, TRIALS, Status, planned, status
 
 FILE = "summary.csv"
 
 
 def read_trials(out: Path) -> list[dict[str, Any]]:
-    """What every trial's folder says, in the order of the folders' names.
+    """What every trial's folder says, and which trials have none yet, in the order of the folders' names.
 
     Args:
       out: the sweep's folder.
@@ -34,7 +34,10 @@ def read_trials(out: Path) -> list[dict[str, Any]]:
       []
     """
     folder = out / TRIALS
-    return [_read(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+    there = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    begun = {name.rpartition("-")[2] for name in there}
+    missing = [name for digits, name in planned(out).items() if digits not in begun]
+    return [_read(folder / name) for name in sorted([*there, *missing])]
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -47,7 +50,8 @@ def rows(out: Path) -> list[dict[str, Any]]:
     found = read_trials(out)
     configs = [dict(leaves(trial["config"].get("trial", {}))) for trial in found]
     names = list(dict.fromkeys(name for config in configs for name in config))
-    differ = [n for n in names if n in ("objective", "seed") or len({str(c.get(n)) for c in configs}) > 1]
+    begun = [config for config in configs if config]
+    differ = [n for n in names if n in ("objective", "seed") or len({str(c.get(n)) for c in begun}) > 1]
     table = []
     for trial, config in zip(found, configs, strict=True):
         row = {"trial": trial["name"], "status": trial["status"].value, "reason": trial["reason"]}

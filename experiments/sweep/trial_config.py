@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import tyro
@@ -20,7 +19,7 @@ class TrialConfig(CorpusSettings):
     Attributes:
       data: "embedded" (the package's grammar), a folder in TweetEval's layout, "sentiment140" (through TFDS), or a
         preference file (.jsonl or .jsonl.gz).
-      pair_set: single_token, short_suffix, long_suffix, tweets (whole tweets of either label) or spliced (the same, with first
+      pair_set: single_token, short_suffix, long_suffix, tweets (whole tweets of either label) or spliced (the same, with last
         words in common); a preference file has its own pairs.
       held_out: a second preference file to evaluate on; without it every eighth prompt is held out.
       sft_first: whether SFT on the chosen responses comes before; else the base model is start and reference.
@@ -43,7 +42,7 @@ class TrialConfig(CorpusSettings):
     @property
     def from_file(self) -> bool:
         """Whether the pairs come from a preference file."""
-        return _is_file(self.data)
+        return self.data.endswith((".jsonl", ".jsonl.gz"))
 
 
 STARTS = "starts"
@@ -63,20 +62,7 @@ def base_fingerprint(config: TrialConfig) -> str:
       >>> base_fingerprint(TrialConfig()) == base_fingerprint(TrialConfig(seed=1, objective="ipo"))
       True
     """
-    return base_fingerprint_of(identity(config))
-
-
-def base_fingerprint_of(told: Mapping[str, Any]) -> str:
-    """The same of a configuration as a trial's folder tells it, so that its base model's folder is found.
-
-    Example:
-      >>> from experiments.pairs.pair_config import identity
-      >>> from experiments.sweep.trial_config import TrialConfig, base_fingerprint, base_fingerprint_of
-      >>> base_fingerprint_of(identity(TrialConfig())) == base_fingerprint(TrialConfig())
-      True
-    """
-    pairs = ("train_pairs",) if _is_file(told["data"]) else ()
-    return fingerprint({name: told[name] for name in (*BASE, *pairs)})
+    return fingerprint(_part(config, (*BASE, "train_pairs") if config.from_file else BASE))
 
 
 def data_fingerprint(config: TrialConfig) -> str:
@@ -87,10 +73,6 @@ def data_fingerprint(config: TrialConfig) -> str:
 def start_fingerprint(config: TrialConfig) -> str:
     """Trials with the same one start from the same model, which is their reference."""
     return fingerprint(_part(config, (*BASE, *SFT)))
-
-
-def _is_file(data: str) -> bool:
-    return data.endswith((".jsonl", ".jsonl.gz"))
 
 
 def _part(config: TrialConfig, names: tuple[str, ...]) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def prefer_trials(
 
     return training.train_trials(
         [run.folder for run in runs],
-        [program.begin(place, run.start) for place, run in enumerate(runs)],
+        [jax.device_get(program.begin(place, run.start)) for place, run in enumerate(runs)],
         step,
         [batches(run.seed, reference) for run, reference in zip(runs, of_train, strict=True)],
         stage,

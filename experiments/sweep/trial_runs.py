@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +71,13 @@ def prepare(out: Path, trials: Sequence[TrialOf], tracker: stages.TrackerFactory
         _made(out, same, tracker)
 
 
-def run(out: Path, trials: Sequence[TrialOf], tracker: stages.TrackerFactory, packing: Packing = Packing()) -> None:
+def run(
+    out: Path,
+    trials: Sequence[TrialOf],
+    tracker: stages.TrackerFactory,
+    packing: Packing = Packing(),
+    gathered: Mapping[str, Materials] = MappingProxyType({}),
+) -> None:
     """Run or continue those of the trials that are not over, as few programs as possible.
 
     A trial that is not finite is marked as failed, with the reason, and the others go on; one that another process is
@@ -82,12 +88,13 @@ def run(out: Path, trials: Sequence[TrialOf], tracker: stages.TrackerFactory, pa
       trials: its trials, or some of them.
       tracker: makes the mirror of a run.
       packing: how many trials share a program.
+      gathered: data fingerprint -> what such trials are made from, as far as that has been read; the rest is read now.
 
     Raises:
       UserError: bad input; a folder holds another run.
     """
     for same in _by(waiting(out, trials), lambda trial: data_fingerprint(trial.config)):
-        ground, starts = _made(out, same, tracker)
+        ground, starts = _made(out, same, tracker, gathered)
         for group in groups(out, same):
             _run_group(out, group, ground, starts, tracker, packing)
 
@@ -218,6 +225,7 @@ def _run_config(trial: TrialOf, ground: _Ground, start: str) -> dict[str, Any]:
     return {
         "kind": "preference",
         "trial": identity(trial.config),
+        "parameters": ground.materials.model.config.parameters,
         "pairs": stages.digest(*both.train[:2], *both.held_out[:2]),
         "start": start,
     }
@@ -231,7 +239,7 @@ def _fitting(
     packing: Packing,
 ) -> int:
     """How many of the pack's trials fit into memory, by what the compiler says of the step."""
-    budget = int(packing.memory_gib * 2**30) or _memory()
+    budget = int(packing.memory_gib * 2**30) or memory()
     if not budget:
         return len(pack)
     config = pack[0].config
@@ -241,21 +249,44 @@ def _fitting(
     return len(pack) if needed <= budget else max(1, int(len(pack) * budget / needed))
 
 
-def _memory() -> int:
-    """Bytes that a program may take on a device; 0 where that cannot be known."""
+def memory() -> int:
+    """Bytes that a program may take on a device; 0 where that cannot be known.
+
+    Of a host, which processes share, as much as is available to all of them now.
+    """
     stats = jax.devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return int(0.9 * stats["bytes_limit"])
+    # virtual devices of one host share its memory
+    return int(0.6 * min(filter(None, (_available(), _allowed())), default=0)) // jax.local_device_count()
+
+
+def _available() -> int:
+    """Bytes of the host that can be had without swapping: what is free, and caches that can be dropped."""
     try:
-        # virtual devices of one host share its memory
-        return int(0.6 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) // jax.local_device_count()
-    except (ValueError, OSError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+
+
+def _allowed() -> int:
+    """Bytes that this process's control group leaves it; 0 without a limit."""
+    try:
+        most, now = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
+        return max(0, int(most) - int(now))
+    except (OSError, ValueError):  # no control groups, or "max"
         return 0
 
 
-def _made(out: Path, trials: Sequence[TrialOf], tracker: stages.TrackerFactory) -> tuple[_Ground, dict[str, Params]]:
+def _made(
+    out: Path,
+    trials: Sequence[TrialOf],
+    tracker: stages.TrackerFactory,
+    gathered: Mapping[str, Materials] = MappingProxyType({}),
+) -> tuple[_Ground, dict[str, Params]]:
     """What trials on the same pairs start from; made by the first process that comes, others wait for it."""
-    ground = _ground(out, trials[0].config, tracker)
+    ground = _ground(out, trials[0].config, tracker, gathered)
     return ground, _starts(out, trials, ground, tracker)
 
 
@@ -267,8 +298,13 @@ def _sft_folder(out: Path, config: TrialConfig) -> Path:
     return out / STARTS / f"sft-seed{config.seed}-{start_fingerprint(config)}"
 
 
-def _ground(out: Path, config: TrialConfig, tracker: stages.TrackerFactory) -> _Ground:
-    materials = trial_data.gather(config)
+def _ground(
+    out: Path,
+    config: TrialConfig,
+    tracker: stages.TrackerFactory,
+    gathered: Mapping[str, Materials] = MappingProxyType({}),
+) -> _Ground:
+    materials = gathered.get(data_fingerprint(config)) or trial_data.gather(config)
     with one_at_a_time(out / STARTS):
         base = base_model(_base_folder(out, config), config.base, config.max_length, materials, tracker)
     return _Ground(materials, base)
@@ -309,7 +345,7 @@ def _program_key(out: Path, trial: TrialOf) -> str:
     same["preference"] = dataclasses.asdict(config.preference)
     same["preference"]["optimizer"].pop("learning_rate")
     if trial_data.remembers(config):
-        same["objective"] = config.objective
+        same["objective"] = [config.objective, config.objective_args]
     return fingerprint(same | {"begins": _latest(folder_of(out, trial))})
 
 

@@ -12,11 +12,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from entangle.errors import UserError
 from entangle.training import RunFolder, write_json
-from entangle.training.run_folder import CONFIG, DONE, check_folder, one_at_a_time
+from entangle.training.run_folder import CONFIG, DONE, check_folder, one_at_a_time, read_json
 from experiments.sweep.overrides import Overrides, override
 
 Config = TypeVar("Config")
-TRIALS, FAILED = "trials", "failed.json"
+TRIALS, FAILED, PLANNED = "trials", "failed.json", "planned.json"
 _DIGITS = 12
 
 
@@ -79,9 +79,9 @@ def plan(
       ['dpo-...', 'ipo-...']
     """
     found: dict[str, tuple[Trial[Config], Overrides]] = {}
-    there = {}
+    there = planned(out) if out is not None else {}
     if out is not None and (out / TRIALS).is_dir():
-        there = {path.name[-_DIGITS:]: path.name for path in (out / TRIALS).iterdir()}
+        there |= {path.name[-_DIGITS:]: path.name for path in (out / TRIALS).iterdir()}
     for overrides in sweep:
         config = override(base, overrides)
         digits = fingerprint(identity(config))
@@ -92,16 +92,49 @@ def plan(
     return [trial for trial, _ in found.values()]
 
 
-def open_sweep(out: Path, kind: str, base: Mapping[str, Any]) -> RunFolder:
-    """Make or continue a sweep's folder; further trials of the same base configuration may join those that are there.
+def check_sweep(out: Path, kind: str, base: Mapping[str, Any]) -> None:
+    """Refuse a folder that is another experiment's, or a sweep's of another base configuration.
 
     Raises:
-      UserError: it is another experiment's, or one of another base configuration.
+      UserError: it is.
     """
-    config = {"kind": kind, "base": base}
-    check_folder(out, config)
+    check_folder(out, _whole(kind, base))
+
+
+def open_sweep(out: Path, kind: str, base: Mapping[str, Any], trials: Iterable[Trial[Any]] = ()) -> RunFolder:
+    """Make or continue a sweep's folder; further trials of the same base configuration may join those that are there.
+
+    Args:
+      out: the folder.
+      kind: of experiment.
+      base: the configuration that the trials change.
+      trials: what is planned; the folder remembers it, so that no trial is forgotten that was never begun.
+
+    Raises:
+      UserError: see ``check_sweep``.
+    """
+    check_sweep(out, kind, base)
     with one_at_a_time(out):  # several shares of a sweep may begin at once
-        return RunFolder(out, config)
+        folder, before = RunFolder(out, _whole(kind, base)), planned(out)
+        if (now := {trial.fingerprint: trial.name for trial in trials} | before) != before:
+            write_json(out / PLANNED, now)
+        return folder
+
+
+def planned(out: Path) -> dict[str, str]:
+    """Fingerprint -> name of every trial that was planned in a sweep's folder, begun or not.
+
+    Example:
+      >>> from pathlib import Path
+      >>> from experiments.sweep.trials import planned
+      >>> planned(Path("nowhere"))
+      {}
+    """
+    return dict(read_json(out / PLANNED)) if (out / PLANNED).exists() else {}
+
+
+def _whole(kind: str, base: Mapping[str, Any]) -> dict[str, Any]:
+    return {"kind": kind, "base": base}
 
 
 def status(folder: Path) -> Status:

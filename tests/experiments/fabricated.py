@@ -23,15 +23,18 @@ def evaluation(step, chosen=0.0, rejected=0.0, ideal=0.5, cosine=0.0, **more):
     return {"step": step, **{f"eval/{name}": value for name, value in found.items()}}
 
 
-def sweep(out, kind, settings, points, records):
+def sweep(out, kind, settings, points, records, more=lambda config: {}):
     """Fabricate a sweep; returns its trials.
 
-    records is a function of a trial's configuration to its records: evaluations, and steps (which have a loss).
+    records is a function of a trial's configuration to its records: evaluations, and steps (which have a loss); more, to
+    what else its run tells of itself.
     """
     open_sweep(out, kind, identity(settings.trial))
     trials = plan(settings.trial, points, identity, out)
     for trial in trials:
-        run = RunFolder(folder_of(out, trial), {"kind": "preference", "trial": identity(trial.config)})
+        run = RunFolder(
+            folder_of(out, trial), {"kind": "preference", "trial": identity(trial.config), **more(trial.config)}
+        )
         found = records(trial.config)
         run.append(found)
         looks = [record for record in found if "loss" not in record]

@@ -35,7 +35,9 @@ def test_a_rule_with_a_length_of_its_own_has_its_own_rate_under_sgd():
 
 
 def test_an_objective_beside_has_its_own_rate_under_sgd():
-    settings = dataclasses.replace(SMALL, beside=("cpo",), sgd_factors={"cpo": 0.5, "margin": 2.0})
+    settings = dataclasses.replace(
+        SMALL, beside=("cpo",), sgd_factors={"cpo": 0.5, "margin": 2.0}, chains=("margin", "one_sided")
+    )
     rates = {
         p["objective"]: p["preference.optimizer.learning_rate"]
         for p in remedies.sweep(settings)
@@ -131,7 +133,8 @@ def test_what_is_kept_is_counted_over_seeds_and_objectives(verdicts):
     assert sgd.verdict == "shown"
     assert sgd.numbers.startswith("share of steps that do not 1.000 (1.000 to 1.000); under margin 0.000")
     assert adamw.verdict == "not shown"
-    assert verdicts["one_sided: fewer steps lower it under SGD than under AdamW"].verdict == "shown"
+    added = verdicts["one_sided: it adds more steps that do not lower it to those of margin under SGD than under AdamW"]
+    assert added.verdict == "shown"
 
 
 def group(margins, chosens):
@@ -148,6 +151,46 @@ def test_margins_are_made_alike_along_a_straight_line():
     # at a growth of 1: -0.3 against half of -2
     np.testing.assert_allclose(remedies_report.at_like_margins(slow, fast), [0.7])
     assert np.isnan(remedies_report.at_like_margins(group([1.0, 0.5], [0.0, 0.0]), fast)).all()
+
+
+def test_margins_are_read_where_they_first_came_so_far_and_hardly_grown_ones_not_at_all():
+    back, straight = group([0.0, 3.0, 1.0], [0.0, -5.0, -0.5]), group([0.0, 4.0], [0.0, -8.0])
+    # the smaller end is 1: the one is first there a third of the way to 3, the other a quarter of the way to 4
+    np.testing.assert_allclose(remedies_report.at_like_margins(back, straight), [-5 / 3 + 8 / 4])
+    np.testing.assert_allclose(remedies_report.at_like_margins(straight, back), [-8 / 4 + 5 / 3])
+    hardly = group([0.0, 0.9], [0.0, 0.0])
+    assert np.isnan(remedies_report.at_like_margins(hardly, straight)).all()
+    assert np.isfinite(remedies_report.at_like_margins(straight, hardly)).all()
+
+
+def test_settings_of_one_remedy_stay_apart_and_are_not_compared(tmp_path):
+    points = [point | {"preference.steps": steps} for point in remedies.sweep(SMALL) for steps in (2, 3)]
+    points = [p for p in points if p["pair_chain"] == "margin" or p["preference.steps"] == 2]
+    fabricated.sweep(tmp_path, remedies.KIND, SMALL, points, records)
+    sweep = read_sweep(tmp_path)
+    panels = remedies_figures.panels(sweep)
+    drawn = [
+        group for by_optimizer in panels.values() for methods in by_optimizer.values() for group in methods.values()
+    ]
+    assert len(drawn) == len(sweep.groups)
+    assert "margin" not in panels["dpo"]["sgd"]
+    found = {v.claim: v for v in remedies_report.verdicts(panels)}
+    one = found["dpo, sgd: one_sided against margin"]
+    assert (one.verdict, one.numbers) == ("not judged", "there is no single plain margin")
+
+
+def test_a_remedy_that_lost_a_seed_is_not_judged(out):
+    panels = remedies_figures.panels(read_sweep(out))
+    methods = panels["dpo"]["sgd"]
+    panels["dpo"]["sgd"] = methods | {"one_sided": methods["one_sided"].only([1])}
+    found = {v.claim: v for v in remedies_report.verdicts(panels)}
+    assert found["dpo, sgd: one_sided against margin"].verdict == "not judged"
+    added = found["one_sided: it adds more steps that do not lower it to those of margin under SGD than under AdamW"]
+    # of dpo seed 1 alone, of simpo both: all of the steps under SGD, none under AdamW
+    assert (
+        added.numbers == "added to the share of steps: SGD +1.000 (+1.000 to +1.000), AdamW +0.000 (+0.000 to +0.000)"
+    )
+    assert added.verdict == "shown"
 
 
 def test_figures_and_report_from_the_folders_alone(out):
@@ -167,6 +210,7 @@ def test_figures_and_report_from_the_folders_alone(out):
         (["--chains"], "--chains: at least one is needed"),
         (["--chains", "magic"], "unknown pair chain 'magic'"),
         (["--masks", "magic"], "unknown masks 'magic'"),
+        (["--sgd-factors", "rrhf", "2"], "--sgd-factors rrhf: it is not among --chains, --masks or --beside"),
         (["--objectives", "simpo"], "--masks learned: dpo trains them, and is not among --objectives"),
         (["--optimizers", "sgd", "--learning-rates", "0.1", "0.2"], "zipped fields need as many values each"),
         (["--optimizers", "adam", "--learning-rates", "0.1"], "unknown optimizer 'adam'"),

@@ -19,6 +19,7 @@ from experiments.sweep import (
     override,
     plan,
     product,
+    read_trials,
     status,
     subset,
     summary,
@@ -141,6 +142,20 @@ def test_the_summary_has_a_row_a_trial_whatever_became_of_it(tmp_path):
     done = rows[planned(points[:1])[0].name]
     assert (done["objective"], done["seed"], done["last:eval/log_prob/chosen"]) == ("dpo", "0", "-3.0")
     assert "max_length" not in done
+
+
+def test_what_was_planned_and_never_begun_is_in_the_summary(tmp_path):
+    points = list(product({"objective": ["dpo", "ipo"], "seed": range(2)}))
+    fabricate(tmp_path, points[:1])
+    open_sweep(tmp_path, "margin_objectives", identity(TrialConfig()), planned(points[:3]))
+    open_sweep(tmp_path, "margin_objectives", identity(TrialConfig()), planned(points[2:]))
+    assert [trial["status"].value for trial in read_trials(tmp_path)] == ["done", "new", "new", "new"]
+    assert read_sweep(tmp_path).open == [trial.name for trial in planned(points)[1:]]
+    columns = list(summary.rows(tmp_path)[0])
+    assert "max_length" not in columns
+    # spelt otherwise it is the trial that was planned
+    (again,) = plan(TrialConfig(), [{"seed": 1, "objective": "ipo"}], identity, tmp_path)
+    assert again.name == planned(points)[3].name != planned([{"seed": 1, "objective": "ipo"}])[0].name
 
 
 def test_status_and_what_is_waiting(tmp_path):

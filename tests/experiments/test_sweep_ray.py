@@ -18,7 +18,7 @@ from entangle.training import OptimizerConfig, StageConfig
 from experiments import figures, margin_objectives
 from experiments.pairs.pair_config import identity
 from experiments.sweep import folder_of, on_ray, plan, ray_cluster, trial_runs
-from experiments.sweep.settings import OnRay
+from experiments.sweep.settings import OnRay, Packing
 from experiments.sweep.trial_config import TrialConfig
 from scripts import killed_sweep
 
@@ -126,14 +126,16 @@ def test_a_task_waits_for_a_process_that_dies(held, tmp_path, monkeypatch):
             holder.wait()
 
     monkeypatch.setattr(time, "sleep", dies)
-    assert on_ray._train(tmp_path, tmp_path, [trial], no_tracker, None, patience=60.0) == []
+    assert on_ray._train(tmp_path, tmp_path, [trial], no_tracker, Packing(), OnRay("auto", patience=60.0)) == []
     assert looks == [[], [], []]
     assert run == [trial.name]
 
 
 def test_a_task_leaves_a_trial_to_a_process_that_lives(held, tmp_path):
     trial, holder, run = held
-    assert on_ray._train(tmp_path, tmp_path, [trial], no_tracker, None, patience=0.2) == [trial.name]
+    assert on_ray._train(tmp_path, tmp_path, [trial], no_tracker, Packing(), OnRay("auto", patience=0.2)) == [
+        trial.name
+    ]
     assert run == []
     assert holder.poll() is None
 
@@ -150,7 +152,7 @@ def test_a_machine_without_the_sweeps_folder_is_named(tmp_path, monkeypatch):
 
 @with_ray
 def test_a_task_whose_process_dies_is_started_again(tmp_path, monkeypatch, capsys):
-    def dies_once(where, out, trials, tracker, packing, patience):
+    def dies_once(where, out, trials, tracker, packing, settings):
         if not (out / "died").exists():
             (out / "died").touch()
             os._exit(1)

@@ -18,7 +18,7 @@ WORDS = [
     "smoke",
     "--no-track",
     "--trial.no-sft-first",
-    "--trial.labels",
+    "--trial.label-words",
     "good",
     "bad",
     "--betas",

@@ -195,7 +195,7 @@ def test_side_by_side_changes_nothing(together, tmp_path):
 
 def test_packs_are_as_large_as_memory_or_a_flag_allow(together, tmp_path, not_trained, monkeypatch):
     whole, _ = together
-    monkeypatch.setattr(trial_runs, "_memory", lambda: 0)  # what this machine has does not matter
+    monkeypatch.setattr(trial_runs, "memory", lambda: 0)  # what this machine has does not matter
     for name, packing, sizes in (("m", Packing(memory_gib=1.0), [2, 2, 1]), ("f", Packing(most=3), [3, 2])):
         shutil.copytree(whole / "starts", tmp_path / name / "starts")
         trial_runs.run(tmp_path / name, planned(tmp_path / name), no_tracker, packing)
@@ -245,6 +245,8 @@ def test_objectives_that_remember_have_programs_of_their_own(tmp_path):
     points = product({"objective": ["dpo", "ipo", "beta_dpo", "bco_pair_shifted"], "seed": range(2)})
     sizes = [len(group) for group in trial_runs.groups(tmp_path, planned(tmp_path, points))]
     assert sizes == [4, 2, 2]
+    unlike = [{"objective": "beta_dpo"}, {"objective": "beta_dpo", "objective_args.beta": 0.2}]
+    assert [len(group) for group in trial_runs.groups(tmp_path, planned(tmp_path, unlike))] == [1, 1]
 
 
 def test_other_pairs_and_lengths_have_programs_of_their_own(tmp_path):
@@ -314,7 +316,7 @@ def test_the_experiment_from_its_sweep_to_its_page(tmp_path):
 def test_shares_together_are_the_sweep(tmp_path, monkeypatch):
     run = []
 
-    def pretend(out, trials, tracker, packing):
+    def pretend(out, trials, tracker, packing, gathered):
         for trial in trials:
             run.append(trial.name)
             training.RunFolder(folder_of(out, trial), {"trial": identity(trial.config)}).mark_done({"step": 0})
@@ -328,9 +330,36 @@ def test_shares_together_are_the_sweep(tmp_path, monkeypatch):
     assert len(set(run)) == 6
 
 
+def test_a_sweep_that_grew_is_drawn_again_whatever_stops_it(tmp_path, monkeypatch):
+    def pretend(out, trials, tracker, packing, gathered):
+        for trial in trials:
+            training.RunFolder(folder_of(out, trial), {"trial": identity(trial.config)}).mark_done({"step": 0})
+
+    def killed(out):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trial_runs, "run", pretend)
+    settings = small(tmp_path / "out", objectives=("dpo",), seeds=1)
+    monkeypatch.setattr(figures, "redraw", lambda out: [])
+    (summary,) = margin_objectives.run(settings)
+    assert summary.read_text().count("\n") == 1 + 1
+    monkeypatch.setattr(figures, "redraw", killed)
+    grown = dataclasses.replace(settings, seeds=2)
+    with pytest.raises(KeyboardInterrupt):
+        margin_objectives.run(grown)
+    drawn = []
+    monkeypatch.setattr(figures, "redraw", lambda out: drawn.append(out) or [])
+    for _ in range(2):  # nothing is left to train; it is drawn once
+        (summary,) = margin_objectives.run(grown)
+    assert drawn == [settings.out]
+    assert summary.read_text().count("\n") == 1 + 2
+
+
 def test_what_failed_is_begun_again_when_that_is_asked_for(tmp_path, monkeypatch):
     run = []
-    monkeypatch.setattr(trial_runs, "run", lambda out, trials, tracker, packing: run.append(waiting(out, trials)))
+    monkeypatch.setattr(
+        trial_runs, "run", lambda out, trials, tracker, packing, gathered: run.append(waiting(out, trials))
+    )
     settings = small(tmp_path / "out", objectives=("dpo", "ipo"), seeds=1)
     failed, other = plan(settings.trial, margin_objectives.sweep(settings), identity)
     margin_objectives.run(settings)
@@ -349,6 +378,8 @@ def test_what_failed_is_begun_again_when_that_is_asked_for(tmp_path, monkeypatch
         (["--betas", "-1"], "objective 'dpo': beta -1.0 is not in (0, inf)"),
         (["--trial.pair-set", "tweet"], "unknown pair set 'tweet'"),
         (["--preset", "hh-rlhf"], "name the data with --trial.data"),
+        (["--trial.data", "nowhere"], "nowhere"),
+        (["--trial.sft.batch-size", "999"], "--sft.batch-size 999: there are only 128 training pairs"),
         (["--seeds", "0"], "--seeds: at least one is needed"),
         (["--part", "4/3"], "I/N is needed"),
         (["--trial.objective", "ipo"], "--trial.objective ipo has no effect: the sweep sets it itself"),

@@ -1,9 +1,10 @@
 import json
+import os
 
 import pytest
 
 from entangle.errors import UserError
-from entangle.training.run_folder import RunFolder, read_metrics
+from entangle.training.run_folder import RunFolder, read_metrics, write_text
 
 CONFIG = {"seed": 0, "stage": {"steps": 10, "optimizer": {"learning_rate": 1e-3}}, "labels": ("a", "b")}
 
@@ -22,6 +23,25 @@ def test_another_configuration_is_refused_and_nothing_changes(tmp_path):
     ):
         RunFolder(tmp_path / "run", other)
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+def test_two_processes_may_write_one_file_at_once(tmp_path, monkeypatch):
+    path, flush = tmp_path / "config.json", os.fsync
+
+    def meanwhile(file):
+        monkeypatch.setattr(os, "fsync", flush)
+        write_text(path, "theirs")  # from its beginning to its end while the other one is at it
+        assert path.read_text() == "theirs"
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    write_text(path, "mine")
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_start_left_is_no_stranger(tmp_path):
+    (tmp_path / "config.json.0a1b.partial").write_text("{")
+    assert not RunFolder(tmp_path, CONFIG).done
 
 
 def test_strange_folders_are_refused(tmp_path):

@@ -81,6 +81,7 @@ def folders(path, count=3):
 def test_each_is_what_it_is_alone(tmp_path, side_by_side):
     ends = train(folders(tmp_path), side_by_side=side_by_side)
     for place, end in enumerate(ends):
+        assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(end))  # nothing is left on the devices
         expected = alone(tmp_path / f"alone{place}", place)
         np.testing.assert_allclose(end.params, expected.params, rtol=1e-6)
         found, wanted = records(tmp_path / f"trial{place}"), records(tmp_path / f"alone{place}")
