@@ -131,5 +131,7 @@ def _joined(configs: list[dict[str, Any]], names: list[str]) -> list[str]:
 def _said(config: Mapping[str, Any], name: str) -> str:
     if name not in config:
         return ""
+    if name == "masks":
+        return "" if config[name] == "none" else f"{config[name]} masks"
     value = f"{config[name]:g}" if isinstance(config[name], float) else str(config[name])
     return value if name in NAMELESS else f"{name.rsplit('.', 1)[-1].replace('_', ' ')} {value}"

@@ -327,7 +327,7 @@ def _starts(out: Path, trials: Sequence[TrialOf], ground: _Ground, tracker: stag
         both = ground.materials.pairs[name]
         told = {"pair_set": name, "seed": config.seed, "data": stages.digest(*both.train[:2])}
         with one_at_a_time(out / STARTS):
-            found[key] = stages.supervise(
+            tuned = stages.supervise(
                 _sft_folder(out, config),
                 ground.materials.model,
                 programs[config.sft],
@@ -336,6 +336,7 @@ def _starts(out: Path, trials: Sequence[TrialOf], ground: _Ground, tracker: stag
                 told,
                 tracker,
             )
+        found[key] = jax.device_get(tuned)  # one a seed: devices are left to the trials
     return found
 
 

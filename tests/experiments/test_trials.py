@@ -19,6 +19,7 @@ from experiments.sweep import (
     Status,
     folder_of,
     mark_failed,
+    open_sweep,
     plan,
     product,
     status,
@@ -299,8 +300,10 @@ def small(out, **changes):
     return dataclasses.replace(smoke, out=out, track=False, trial=CONFIG, **changes)
 
 
-def test_the_experiment_from_its_sweep_to_its_page(tmp_path):
+def test_the_experiment_from_its_sweep_to_its_page(together, tmp_path):
     settings = small(tmp_path / "out", objectives=("dpo", "cpo"), seeds=1)
+    open_sweep(settings.out, margin_objectives.KIND, identity(settings.trial))
+    shutil.copytree(together[0] / "starts", settings.out / "starts")
     files = margin_objectives.run(settings)
     assert {file.name for file in files} >= {"summary.csv", "log_probs.png", "cases.png", "report.md", "report.html"}
     report = (tmp_path / "out" / "report.md").read_text()
