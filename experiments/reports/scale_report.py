@@ -153,6 +153,8 @@ def _figure(sweep: Sweep, sizes: Mapping[str, int], folder: Path) -> Path:
                 parse_math=False,
             )
             axes.set_title(name, fontsize=8, parse_math=False)
+            if name.startswith("share"):
+                axes.set_ylim(-0.03, 1.03)
             axes.set_xlabel("parameters")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle("Held-out pairs; a mark is a seed, a line their mean", fontsize=9)

@@ -37,11 +37,12 @@ def report_lines(name: str, benchmark: Benchmark, result: Result, machine: Mappi
       Lines without line ends.
     """
     known = any(timing.memory is not None for timing in result.timings)
-    lines = [f"{name}: {benchmark.summary}", f"{'contender':<12}{'median s':>10}{'quartiles s':>20}{'runs':>6}"]
+    wide = max(12, 1 + max(len(timing.name) for timing in result.timings))
+    lines = [f"{name}: {benchmark.summary}", f"{'contender':<{wide}}{'median s':>10}{'quartiles s':>24}{'runs':>6}"]
     lines[1] += f"{'peak GiB':>10}" if known else ""
     for timing in result.timings:
         low, middle, high = spread(timing.seconds)
-        lines.append(f"{timing.name:<12}{middle:>10.4f}{f'{low:.4f} .. {high:.4f}':>20}{len(timing.seconds):>6}")
+        lines.append(f"{timing.name:<{wide}}{middle:>10.4f}{f'{low:.4f} .. {high:.4f}':>24}{len(timing.seconds):>6}")
         if known:
             lines[-1] += f"{'' if timing.memory is None else f'{timing.memory / 2**30:.2f}':>10}"
     mine = result.timings[0].name
@@ -53,9 +54,11 @@ def report_lines(name: str, benchmark: Benchmark, result: Result, machine: Mappi
             f"(round by round, quartiles {low:.3f} .. {high:.3f})"
             f"{'' if memory is None else f', peak memory {memory:.3f}'}; below 1, {mine} takes less"
         )
-    rounds = zip(*(timing.losses[: benchmark.warm_up] for timing in result.timings), strict=True)
+    checked = benchmark.warm_up or benchmark.runs
+    rounds = zip(*(timing.losses[:checked] for timing in result.timings), strict=True)
     agreed = ", ".join(" and ".join(f"{loss:.6f}" for loss in losses) for losses in rounds)
-    lines.append(f"losses before timing: {agreed}; equal to {benchmark.tolerance:g}")
+    when = "before timing" if benchmark.warm_up else "of the timed rounds"
+    lines.append(f"losses {when}: {agreed}; equal to {benchmark.tolerance:g}")
     versions = ", ".join(f"{package} {version}" for package, version in machine["packages"].items())
     lines.append(
         f"machine: {machine['cpu']}, {machine['cores']} cores, device {machine['device']}, "

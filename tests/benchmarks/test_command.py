@@ -68,6 +68,16 @@ def test_table_has_median_quartiles_ratio_losses_and_machine(capsys, ticking):
     assert lines[6].startswith("machine: ") and f"jax {jax.__version__}" in lines[6]
 
 
+def test_without_a_warm_up_the_losses_are_those_of_the_timed_rounds_and_long_times_stay_apart(capsys, monkeypatch):
+    ticks = (2000.0 * n for n in itertools.count())
+    real = command.measure
+    monkeypatch.setattr(command, "measure", lambda benchmark, sides: real(benchmark, sides, lambda: next(ticks)))
+    assert command.main(["fake"], {"fake": fake()["fake"]._replace(warm_up=0, runs=1)}) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["ours", "2000.0000", "2000.0000", "..", "2000.0000", "1", "1.50"]
+    assert lines[5] == "losses of the timed rounds: 0.500000 and 0.500000; equal to 0.0001"
+
+
 def test_list_names_every_benchmark(capsys):
     assert command.main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
