@@ -6,8 +6,10 @@ entanglement sits, and which layers turn as training goes on.
 
 Command: ``python -m experiments.layerwise --out DIR``; ``--preset tweets --trial.data FOLDER`` (TweetEval's layout),
 ``--preset hh-rlhf --trial.data FILE.jsonl``.
-Hardware and time: meant for two CPU cores; not timed.
-Result: none yet at the laptop's size.
+Hardware and time: 5 minutes on two CPU cores (AMD EPYC).
+Result: experiments/results/layerwise/report.md (three seeds): in a model of 170,000 parameters whose token embedding is also
+its head, the cosine of short pairs sits in that embedding (0.63 of 0.76 with a long suffix, all of -1 with a single token);
+every layer's own cosine has the sign of the whole one, and training changes little of it.
 """
 
 from __future__ import annotations

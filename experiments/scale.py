@@ -9,8 +9,10 @@ Sizes are those of ``models.PRESETS``; a larger model also learns more in the sa
 
 Command: ``python -m experiments.scale --out DIR``; ``--preset tweets --trial.data FOLDER`` (TweetEval's layout),
 ``--preset hh-rlhf --trial.data FILE.jsonl``; ``--models tiny mini small gpt2`` on an accelerator.
-Hardware and time: meant for two CPU cores; not timed.
-Result: none yet at the laptop's size.
+Hardware and time: 11 minutes on two CPU cores (AMD EPYC).
+Result: experiments/results/scale/report.md (three seeds, 0.17, 0.46 and 0.96 million parameters): the larger model, trained
+for as many steps, has the lower cosine (0.77, 0.70, 0.28 at the end, in every seed); all pairs are ideal at every size, and
+both log-probabilities fall all the same.
 """
 
 from __future__ import annotations

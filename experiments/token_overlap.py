@@ -11,8 +11,10 @@ every overlap occurs; and ``tweets``, unlike in nearly all tokens.
 Command: ``python -m experiments.token_overlap --out DIR``; ``--preset tweets --trial.data FOLDER`` (TweetEval's layout),
 ``--preset hh-rlhf --trial.data FILE.jsonl``.
 Output: beside the figures and the report ``pairs.csv`` in every trial's folder, a row for every held-out pair.
-Hardware and time: meant for two CPU cores; not timed.
-Result: none yet at the laptop's size.
+Hardware and time: 4 minutes on two CPU cores (AMD EPYC).
+Result: experiments/results/token_overlap/report.md (three seeds): the fewer tokens differ, the larger the cosine (rank
+correlation -0.77 on spliced tweets); length-normalised CHES tells the displacement best (-0.41, edit distance +0.17); CHES
+itself grows with length and tells it the wrong way round, until both lengths are held fixed.
 """
 
 from __future__ import annotations
