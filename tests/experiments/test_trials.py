@@ -1,6 +1,7 @@
 """Many trials in one program give what each gives alone; they stop, fail and go on by themselves."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -51,6 +52,15 @@ SWEEP = [
     {"objective": "slic_hf", "seed": 0},
     {"objective": "kto", "seed": 0},
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_model():
+    """What a model is made of does not matter here, and one layer is compiled in half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        small = functools.partial(models.DecoderConfig, max_positions=128, width=32, layers=1, heads=2)
+        patch.setitem(models.PRESETS, "tiny", small)
+        yield
 
 
 def no_tracker(folder, config):
@@ -324,6 +334,7 @@ def test_shares_together_are_the_sweep(tmp_path, monkeypatch):
             run.append(trial.name)
             training.RunFolder(folder_of(out, trial), {"trial": identity(trial.config)}).mark_done({"step": 0})
 
+    monkeypatch.setattr(trial_data, "gather", lambda config: None)
     monkeypatch.setattr(trial_runs, "run", pretend)
     monkeypatch.setattr(figures, "redraw", lambda out: [])
     for place in (1, 2, 3):
@@ -341,6 +352,7 @@ def test_a_sweep_that_grew_is_drawn_again_whatever_stops_it(tmp_path, monkeypatc
     def killed(out):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(trial_data, "gather", lambda config: None)
     monkeypatch.setattr(trial_runs, "run", pretend)
     settings = small(tmp_path / "out", objectives=("dpo",), seeds=1)
     monkeypatch.setattr(figures, "redraw", lambda out: [])
@@ -360,6 +372,7 @@ def test_a_sweep_that_grew_is_drawn_again_whatever_stops_it(tmp_path, monkeypatc
 
 def test_what_failed_is_begun_again_when_that_is_asked_for(tmp_path, monkeypatch):
     run = []
+    monkeypatch.setattr(trial_data, "gather", lambda config: None)
     monkeypatch.setattr(
         trial_runs, "run", lambda out, trials, tracker, packing, gathered: run.append(waiting(out, trials))
     )

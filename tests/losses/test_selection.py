@@ -27,20 +27,26 @@ def lp():
     return PairLogProbs(*draws, jnp.array([4, 7, 3, 9, 5]), jnp.array([6, 2, 8, 4, 5]))
 
 
+SETTINGS = [(name, numbers_of(name)) for name in PLAIN] + [(name, {}) for name in PLAIN]
+
+
+@pytest.fixture(scope="module")
+def expected(lp):
+    return [losses.loss_and_coefficients(losses.get_objective(name, **given), lp) for name, given in SETTINGS]
+
+
 @pytest.mark.parametrize("mapped", ["vmap", "map"])
-def test_all_objectives_in_one_program(lp, mapped):
-    settings = [(name, numbers_of(name)) for name in PLAIN] + [(name, {}) for name in PLAIN]
-    selection = losses.Selection(settings)
+def test_all_objectives_in_one_program(lp, expected, mapped):
+    selection = losses.Selection(SETTINGS)
 
     def both(choice):
         return losses.loss_and_coefficients(selection.objective(choice), lp)
 
     over = jax.vmap(both) if mapped == "vmap" else lambda choices: jax.lax.map(both, choices)
     loss, d = jax.jit(over)(selection.choices)
-    for k, (name, given) in enumerate(settings):
-        expected, expected_d = losses.loss_and_coefficients(losses.get_objective(name, **given), lp)
-        np.testing.assert_allclose(loss[k], expected, rtol=2e-6, atol=2e-6, err_msg=name)
-        for found, wanted in zip(d, expected_d, strict=True):
+    for k, ((name, _), (value, coefficients)) in enumerate(zip(SETTINGS, expected, strict=True)):
+        np.testing.assert_allclose(loss[k], value, rtol=2e-6, atol=2e-6, err_msg=name)
+        for found, wanted in zip(d, coefficients, strict=True):
             np.testing.assert_allclose(found[k], wanted, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
