@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,8 +29,8 @@ def parse(presets: Mapping[str, Config], arguments: Sequence[str] | None = None,
       The configuration.
 
     Raises:
-      UserError: no such preset.
-      SystemExit: a flag is wrong (status 2) or help was asked for.
+      UserError: no such preset, no such flag, or a value that is none of its flag.
+      SystemExit: help was asked for.
 
     Example:
       >>> import dataclasses
@@ -50,7 +52,32 @@ def parse(presets: Mapping[str, Config], arguments: Sequence[str] | None = None,
     if name not in presets:
         raise UserError(f"unknown preset {name!r}: choose one of {', '.join(presets)}")
     default = presets[name]
-    return tyro.cli(type(default), args=words, default=default, description=description)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(type(default), args=words, default=default, description=description)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_one_line(said.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """What a box of tyro's says: sections between rules, the first rule with a title in it or above it."""
+    lines = [line.strip(" │") for line in box.splitlines()]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if line.startswith(("╭", "├", "╰")) or (line and not line.strip("-─")):
+            sections.append([])
+        elif line:
+            sections[-1].append(line)
+    said = []
+    for section in filter(None, sections[1:]):
+        if section[0].startswith("Argument helptext:"):
+            said.append(f" ({section[1]})")
+        elif not section[0].startswith("For full helptext"):
+            said.append(("; " if said else "") + " ".join(section))
+    return "".join(said) or " ".join(filter(None, lines))
 
 
 def refuse_unused(settings: Any, default: Any, names: Sequence[str], why: str) -> None:

@@ -38,6 +38,26 @@ REDRAW: Mapping[str, str] = MappingProxyType(
 report from the runs in it alone, and returns the files that a reader wants; the report is its one Markdown file."""
 
 
+def check_kind(kind: str) -> None:
+    """Refuse a kind of experiment that nothing draws, before it is trained.
+
+    Raises:
+      UserError: it is.
+
+    Example:
+      >>> from experiments.figures import check_kind
+      >>> check_kind("mine")
+      Traceback (most recent call last):
+      entangle.errors.UserError: no figures are known for kind 'mine' (known: ...); name what draws it in REDRAW of
+      experiments/figures.py
+    """
+    if kind not in REDRAW:
+        raise UserError(
+            f"no figures are known for kind {kind!r} (known: {', '.join(REDRAW)}); name what draws it in REDRAW of "
+            "experiments/figures.py"
+        )
+
+
 def redraw(out: Path) -> list[Path]:
     """Draw an experiment's figures, write its report, and make the page of it.
 

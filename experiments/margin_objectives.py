@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from entangle import losses
+from entangle.errors import UserError
 from experiments import command_line
 from experiments.sweep import Overrides, experiment, launch, product
 from experiments.sweep.experiment import LAPTOP
@@ -102,12 +103,17 @@ def run(settings: MarginObjectivesConfig) -> list[Path]:
       UserError: bad input; nothing has been overwritten.
     """
     experiment.need(settings, "objectives")
+    if settings.betas and not any(map(_has_beta, settings.objectives)):
+        raise UserError(
+            f"--betas {' '.join(map(str, settings.betas))} has no effect: none of --objectives takes a beta"
+        )
     return launch.run(settings, KIND, sweep(settings))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: ``python -m experiments.margin_objectives --help``."""
-    experiment.main(presets(), run, arguments, __doc__, ("objective", "seed"))
+    swept = {"learning_rates": "preference.optimizer.learning_rate"}
+    experiment.main(presets(), run, arguments, __doc__, ("objective", "seed"), swept)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ Hardware and time: 14 minutes on two CPU cores (AMD EPYC).
 Result: experiments/results/remedies/report.md (three seeds): pairwise_normalized and one_sided end above plain margin in
 every seed under either optimizer, protect_chosen under AdamW alone. Over plain margin they add more under AdamW, where that
 falls further, than under SGD. Masks change next to nothing: the shared tokens' gradients are long, but all but the same on
-both sides, so that the margin's gradient has little of them. No rule keeps the probe from falling at every step.
+both sides, so that the margin's gradient has little of them. No rule keeps the probe from falling at every step in every
+seed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from entangle import losses
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig
 from experiments import command_line
@@ -114,6 +116,11 @@ def sweep(settings: RemediesConfig | None = None) -> Iterator[Overrides]:
       (66, ['dpo', 'margin', 'sgd', 0.05, 0])
     """
     settings = settings or presets()["laptop"]
+    for name in (*settings.objectives, *settings.beside):
+        losses.get_objective(name)  # a name that is none is told before what it lacks
+    if len(settings.optimizers) != len(settings.learning_rates):
+        counts = f"{len(settings.learning_rates)} for {len(settings.optimizers)}"
+        raise UserError(f"--learning-rates: one is needed for every one of --optimizers, not {counts}")
     if "learned" in settings.masks and "dpo" not in settings.objectives:
         raise UserError("--masks learned: dpo trains them, and is not among --objectives")
     for name in settings.sgd_factors:

@@ -31,8 +31,8 @@ class PairSettings:
         these as they are).
       pair_chain_args: settings of the combination by name, e.g. c 0.4 for cagrad.
       max_length: T, tokens of a row.
-      train_pairs: at most so many training pairs.
-      held_out_pairs: at most so many held-out pairs; all are evaluated.
+      train_pairs: at most so many training pairs; of whole tweets (pair sets tweets, spliced) texts, two a pair.
+      held_out_pairs: at most so many held-out pairs, counted likewise; all are evaluated.
       probe_pairs: held-out pairs on which first-order and realised changes are compared at every step; 0 for none.
       changes: whether the same is done on the batch's own pairs, beside the prediction from the geometry; it makes a step
         about twice as long.

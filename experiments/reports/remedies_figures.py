@@ -159,7 +159,8 @@ def _trade_off(found: Panels, sweep: Sweep, path: Path) -> Path:
             margin, chosen = (group.curve(f"eval/{metric}") for metric in ("margin", "log_prob/chosen"))
             moved = [(curve.values - curve.values[:, :1]) for curve in (margin, chosen)]
             line, colour = styles[name]
-            axes.plot(*(values.mean(0) for values in moved), line, color=colour, label=name, linewidth=1.4)
+            top = 3 if name == MARGIN else 2
+            axes.plot(*(values.mean(0) for values in moved), line, color=colour, label=name, linewidth=1.4, zorder=top)
             axes.plot(*(values.mean(0)[-1:] for values in moved), "o", color=colour, markersize=3.5)
             rows += [
                 (objective, optimizer, name, seed, step.item(), float(x), float(y))
@@ -171,9 +172,7 @@ def _trade_off(found: Panels, sweep: Sweep, path: Path) -> Path:
         axes.set_ylabel("chosen (nats)") if column == 0 else None
     for axes in grid[-1]:
         axes.set_xlabel("margin (nats)")
-    title = (
-        f"Change of the held-out chosen log-probability for that of the margin\n({_mean_said(sweep)}; a dot is the end)"
-    )
+    title = f"Held-out chosen log-probability against the margin, changes\n({_mean_said(sweep)}; a dot is the end)"
     figure.suptitle(title, fontsize=9)
     _legend(figure, grid)
     header = ("objective", "optimizer", "remedy", "seed", "step", "margin_change_nats", "chosen_change_nats")

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from entangle.training.run_folder import write_text
+from entangle.training.run_folder import read_json, write_text
 from experiments.reports.claims import Verdict
 from experiments.reports.preference_report import provenance
 from experiments.reports.run_tables import spread
 from experiments.reports.sweep_figures import coefficient_ratio
 from experiments.reports.sweep_tables import Group, Sweep
 from experiments.sweep import summary
-from experiments.sweep.trials import TRIALS
+from experiments.sweep.trials import PAIRS, TRIALS
 
 COLUMNS = {
     "log_prob/chosen": "chosen",
@@ -53,7 +53,7 @@ def write(
     """
     parts = [_head(sweep, title), _claims(verdicts, notes), *sections, _groups(sweep), _pictures(out, pictures)]
     trained_in = sorted(path.parent for path in out.glob(f"{TRIALS}/*/environment.json"))
-    parts += [_failed(sweep), _trials(out), provenance(out, trained_in=trained_in)]
+    parts += [_failed(sweep), _data(out), _trials(out), provenance(out, trained_in=trained_in)]
     file = out / "report.md"
     write_text(file, "\n\n".join(filter(None, parts)) + "\n")
     return file
@@ -86,12 +86,16 @@ def _head(sweep: Sweep, title: str) -> str:
         else "from the base model itself"
     )
     still = f" {len(sweep.open)} trials are not over and not in it." if sweep.open else ""
+    shared = {"model": "model", "data": "data", "objective": "objective", "pair_chain": "combination"}
+    usual = "".join(
+        f"{said} {Path(base[name]).name}, "
+        for name, said in shared.items()
+        if any(group.config[name] == base[name] for group in sweep.groups.values())
+    )
     return (
         f"# {title}\n\n"
         f"{count} trials of {len(sweep.groups)} settings; what a setting is called is what it differs in from others. Unless "
-        f"it says so: model {Path(base['model']).name}, data {Path(base['data']).name}, objective {base['objective']}, "
-        f"combination {base['pair_chain']}, {stage['steps']} steps of {stage['batch_size']} pairs, "
-        f"{_rates(sweep)}, {first}.{still}\n\n"
+        f"it says so: {usual}{stage['steps']} steps of {stage['batch_size']} pairs, {_rates(sweep)}, {first}.{still}\n\n"
         "Values are the mean over seeds and, in brackets, the smallest and largest seed. Log-probabilities are means over the "
         'held-out pairs, in nats; changes are last evaluation minus first. "Shown" means in every seed.'
     )
@@ -110,10 +114,12 @@ def _claims(verdicts: Sequence[Verdict], notes: str) -> str:
     if not verdicts:
         return f"## Claims\n\n{notes or 'None is judged.'}"
     shown = sum(verdict.verdict.startswith("shown") for verdict in verdicts)
+    judged = sum(verdict.verdict != "not judged" for verdict in verdicts)
+    others = f"; {len(verdicts) - judged} not judged" if judged < len(verdicts) else ""
     rows = [(v.claim, v.where, v.verdict, v.numbers) for v in verdicts]
     parts = [
         "## Claims",
-        f"{shown} of {len(verdicts)} shown.",
+        f"{shown} of {judged} judged are shown{others}.",
         notes,
         table(["claim", "where", "verdict", "numbers"], rows),
     ]
@@ -122,7 +128,17 @@ def _claims(verdicts: Sequence[Verdict], notes: str) -> str:
 
 def _groups(sweep: Sweep) -> str:
     rows = [_group(label, group) for label, group in sweep.groups.items()]
-    header = ["setting", "chosen", "rejected", "margin", "accuracy", "d_w / d_l", "cosine", "ideal pairs"]
+    header = [
+        "setting",
+        "learning rate",
+        "chosen",
+        "rejected",
+        "margin",
+        "accuracy",
+        "d_w / d_l",
+        "cosine",
+        "ideal pairs",
+    ]
     text = (
         "Change of the held-out log-probabilities and of their margin; accuracy at the end, the share of pairs whose chosen "
         "response gained more on the reference; ratio of the mean coefficients, cosine and share of ideal pairs, first to "
@@ -138,6 +154,7 @@ def _group(label: str, group: Group) -> list[str]:
 
     return [
         label,
+        f"{group.config['preference']['optimizer']['learning_rate']:g}",
         *(spread(group.change(f"eval/{name}")) for name in CHANGES),
         f"{group.last('eval/accuracy').mean():.0%}",
         two(coefficient_ratio(group).values, ".2f"),
@@ -158,12 +175,24 @@ def _failed(sweep: Sweep) -> str:
     return f"## Failed trials\n\n{text}\n\n{table(['trial', 'reason'], sweep.failed)}"
 
 
+def _data(out: Path) -> str:
+    """What became of the pairs, where the sweep's folder tells it."""
+    found = read_json(out / PAIRS) if (out / PAIRS).exists() else {}
+    lines = [
+        f"- {name}, {split}: {'; '.join(map(str.strip, said))}"
+        for report in found.values()
+        for name, splits in report.items()
+        for split, said in splits.items()
+    ]
+    return "\n".join(["## Data", "", *dict.fromkeys(lines)]) if lines else ""
+
+
 def _trials(out: Path) -> str:
     found = summary.rows(out)
     fields = [name for name in found[0] if ":" not in name and name not in ("reason",)]
     rows = []
     for row in found:
-        cells = [row[name] for name in fields]
+        cells = [f"{row[name]:g}" if isinstance(row[name], float) else row[name] for name in fields]
         for metric in COLUMNS:
             first, last = (row.get(f"{when}:eval/{metric}", "") for when in ("first", "last"))
             known = first != "" and last != ""

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import rankdata, spearmanr
 
 from entangle.errors import UserError
@@ -51,9 +52,10 @@ CLAIMS = (
 )
 NOTES = (
     "Rank correlations over held-out pairs, one a seed; seeds share pairs and base model. Displacement is the change of a "
-    "held-out pair's own chosen log-probability by training on other pairs, in nats; it grows with the response's length, and "
-    "so do the sums in CHES: correlations with the length of both held fixed (ranks, linearly) are in the table below. "
-    "arXiv 2410.08847 has its evidence between sets of pairs, with a model trained on each, which is not repeated here."
+    "held-out pair's own chosen log-probability by training on other pairs, in nats; it grows with the response's length, "
+    "and so do the sums in CHES: correlations with the length of both held fixed (ranks, linearly) are in the table below. "
+    "What is judged is the sign, in every seed. arXiv 2410.08847 has its evidence between sets of pairs, with a model "
+    "trained on each, which is not repeated here."
 )
 
 
@@ -189,6 +191,7 @@ def _scatter(label: str, by_seed: Mapping[int, Columns], path: Path) -> Path:
     first = next(iter(by_seed.values()))
     for axes, (said, _) in zip(grid[-1], PREDICTORS.values(), strict=True):
         axes.set_xlabel(said)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     for line, (outcome, what) in zip(grid, OUTCOMES.items(), strict=True):
         line[0].set_ylabel(what.replace(", ", ",\n").replace(" (", "\n("), fontsize=8)
         for axes, (predictor, (_, colour)) in zip(line, PREDICTORS.items(), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from entangle import models
@@ -99,7 +100,8 @@ def need(settings: SweepConfig, *names: str) -> None:
       entangle.errors.UserError: --seeds: at least one is needed
     """
     for name in (*names, "seeds"):
-        if not getattr(settings, name):
+        value = getattr(settings, name)
+        if not value or (name == "seeds" and value < 0):
             raise UserError(f"--{name.replace('_', '-')}: at least one is needed")
     if not settings.trial.data:
         raise UserError(f"--preset {settings.preset}: name the data with --trial.data")
@@ -111,6 +113,7 @@ def main(
     arguments: Sequence[str] | None,
     description: str | None,
     swept: Sequence[str],
+    swept_by: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """The command line of a sweep.
 
@@ -120,12 +123,14 @@ def main(
       arguments: the words of the command line; None takes the process's.
       description: the module's docstring, whose first line ``--help`` begins with.
       swept: fields of the trial that the sweep sets itself.
+      swept_by: field of the sweep -> field of the trial that the sweep sets where that one is given.
 
     Raises:
       UserError: a flag without effect, and what ``run`` refuses.
     """
     settings = command_line.parse(presets, arguments, description=(description or "").split("\n")[0])
-    refuse_unused(settings, presets[settings.preset], swept)
+    given = [field for name, field in swept_by.items() if getattr(settings, name)]
+    refuse_unused(settings, presets[settings.preset], [*swept, *given])
     command_line.name_files(run(settings))
 
 
@@ -153,7 +158,9 @@ def refuse_unused(settings: SweepConfig, default: SweepConfig, swept: Sequence[s
     if trial.model not in models.PRESETS:
         unused.append((("base", "vocab_size"), f"the base model is --trial.model {trial.model}"))
     if trial.from_file:
-        unused.append((("pair_set", "labels", "label_words"), f"the pairs are those of --trial.data {trial.data}"))
+        why = f"the pairs are those of --trial.data {trial.data}"
+        unused.append((("pair_set", "labels", "label_words"), why))
+        command_line.refuse_unused(settings, default, ["pair_sets"], why)
     if not trial.sft_first:
         unused.append((("sft",), "--trial.no-sft-first leaves SFT out"))
     for names, why in unused:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,14 @@ import jax
 
 from entangle import training
 from entangle.errors import UserError
-from entangle.training.run_folder import DONE, one_at_a_time, read_json
+from entangle.training.run_folder import DONE, one_at_a_time, read_json, write_json
+from experiments import figures
 from experiments.pairs.pair_config import identity
 from experiments.sweep import Overrides, Status, Trial, folder_of, open_sweep, plan, status, waiting, wandb_agents
 from experiments.sweep import summary as summaries
 from experiments.sweep.settings import SweepConfig
 from experiments.sweep.trial_config import TrialConfig, data_fingerprint
-from experiments.sweep.trials import FAILED, check_sweep, fingerprint
+from experiments.sweep.trials import FAILED, PAIRS, check_sweep, fingerprint
 
 CHECKED = (
     *("objective", "objective_args", "pair_chain", "pair_chain_args", "masks", "sparsity", "layers"),
@@ -48,6 +51,7 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], measure: 
     """
     if settings.ray.address:
         jax.config.update("jax_platforms", "cpu")  # this process trains nothing: accelerators are left to the tasks
+    figures.check_kind(kind)
     place, shares = settings.shares()
     trials = plan(settings.trial, points, identity, settings.out)
     if not trials:
@@ -59,6 +63,7 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], measure: 
         return [wandb_agents.export(settings.export_wandb, kind, settings, len(trials))]
     with _launcher(settings, kind, gathered) if todo else contextlib.nullcontext() as launch:
         folder = open_sweep(settings.out, kind, identity(settings.trial), trials)
+        _tell_pairs(settings.out, gathered)
         if todo:
             (settings.out / DONE).unlink(missing_ok=True)  # what was drawn before is not the whole sweep any more
         print(f"{kind}: {len(trials)} trials, {len(todo)} to run; output: {settings.out}", flush=True)
@@ -74,8 +79,6 @@ def run(settings: SweepConfig, kind: str, points: Iterable[Overrides], measure: 
         files = read_json(settings.out / DONE)["files"]
         if all((settings.out / file).exists() for file in files):
             return [settings.out / file for file in files]
-    from experiments import figures
-
     with one_at_a_time(settings.out):
         if measure is not None:
             measure(settings.out, [t for t, now in zip(trials, standing, strict=True) if now is Status.DONE])
@@ -121,6 +124,14 @@ def _check(trials: Sequence[Trial[TrialConfig]]) -> dict[str, Any]:
     """
     if not trials:
         return {}
+    try:
+        return _gathered(trials)
+    except UserError as error:  # flags of a run are flags of the sweep's trial here
+        own = "|".join(field.name.replace("_", "-") for field in dataclasses.fields(TrialConfig))
+        raise UserError(re.sub(rf"(?<![\w.-])--(?=(?:{own})\b(?!-))", "--trial.", str(error))) from None
+
+
+def _gathered(trials: Sequence[Trial[TrialConfig]]) -> dict[str, Any]:
     from experiments.sweep import trial_data  # what reads data and models takes seconds to import
 
     seen, gathered = set(), {}
@@ -135,3 +146,16 @@ def _check(trials: Sequence[Trial[TrialConfig]]) -> dict[str, Any]:
         if digits not in gathered:
             gathered[digits] = trial_data.gather(trial.config)
     return gathered
+
+
+def _tell_pairs(out: Path, gathered: Mapping[str, Any]) -> None:
+    """Print and keep what became of the pairs: data fingerprint -> pair set -> split -> lines."""
+    with one_at_a_time(out):
+        before = read_json(out / PAIRS) if (out / PAIRS).exists() else {}
+        new = {digits: materials.report for digits, materials in gathered.items() if digits not in before}
+        if new:
+            write_json(out / PAIRS, before | new)
+    for report in new.values():
+        for name, splits in report.items():
+            for split, lines in splits.items():
+                print(f"{name}, {split}: {'; '.join(map(str.strip, lines))}", flush=True)

@@ -31,9 +31,9 @@ class Packing:
     side_by_side: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what is below zero."""
+        """Refuse what is no number of trials or of bytes."""
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 0:
+            if not 0 <= getattr(self, field.name) < math.inf:
                 raise UserError(f"--packing.{field.name.replace('_', '-')} {getattr(self, field.name)}: 0 or more")
 
 

@@ -15,7 +15,7 @@ FILE = "summary.csv"
 
 
 def read_trials(out: Path) -> list[dict[str, Any]]:
-    """What every trial's folder says, and which trials have none yet, in the order of the folders' names.
+    """What every trial's folder says, and which trials have none yet, in the order of the plan; others after it.
 
     Args:
       out: the sweep's folder.
@@ -35,9 +35,9 @@ def read_trials(out: Path) -> list[dict[str, Any]]:
     """
     folder = out / TRIALS
     there = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    begun = {name.rpartition("-")[2] for name in there}
-    missing = [name for digits, name in planned(out).items() if digits not in begun]
-    return [_read(folder / name) for name in sorted([*there, *missing])]
+    begun, plan = {name.rpartition("-")[2]: name for name in there}, planned(out)
+    names = [begun.get(digits, name) for digits, name in plan.items()]
+    return [_read(folder / name) for name in [*names, *sorted(set(there) - set(names))]]
 
 
 def rows(out: Path) -> list[dict[str, Any]]:

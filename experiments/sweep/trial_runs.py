@@ -22,6 +22,7 @@ from experiments.pairs.base_models import base_model
 from experiments.pairs.pair_config import identity
 from experiments.pairs.sentiment_data import Materials
 from experiments.sweep import Status, Trial, folder_of, mark_failed, status, trial_data, trial_programs, waiting
+from experiments.sweep.progress import Progress
 from experiments.sweep.settings import Packing
 from experiments.sweep.trial_config import STARTS, TrialConfig, base_fingerprint, data_fingerprint, start_fingerprint
 from experiments.sweep.trials import fingerprint
@@ -93,10 +94,12 @@ def run(
     Raises:
       UserError: bad input; a folder holds another run.
     """
-    for same in _by(waiting(out, trials), lambda trial: data_fingerprint(trial.config)):
+    left = waiting(out, trials)
+    progress = Progress(out, left)
+    for same in _by(left, lambda trial: data_fingerprint(trial.config)):
         ground, starts = _made(out, same, tracker, gathered)
         for group in groups(out, same):
-            _run_group(out, group, ground, starts, tracker, packing)
+            _run_group(out, group, ground, starts, tracker, packing, progress)
 
 
 class Models(NamedTuple):
@@ -149,6 +152,7 @@ def _run_group(
     starts: Mapping[str, Params],
     tracker: stages.TrackerFactory,
     packing: Packing,
+    progress: Progress,
 ) -> None:
     left = list(group)
     while left:
@@ -169,7 +173,7 @@ def _run_group(
             for trial, end in zip(mine, ends, strict=True):
                 if isinstance(end, NonFiniteError):
                     mark_failed(folder_of(out, trial), str(end))
-                    print(f"failed: {trial.name}: {end}")
+        progress.look()
 
 
 def _program(pack: Sequence[TrialOf], ground: _Ground, packing: Packing) -> trial_programs.TrialsProgram:

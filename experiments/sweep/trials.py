@@ -16,7 +16,7 @@ from entangle.training.run_folder import CONFIG, DONE, check_folder, one_at_a_ti
 from experiments.sweep.overrides import Overrides, override
 
 Config = TypeVar("Config")
-TRIALS, FAILED, PLANNED = "trials", "failed.json", "planned.json"
+TRIALS, FAILED, PLANNED, PAIRS = "trials", "failed.json", "planned.json", "pairs.json"
 _DIGITS = 12
 
 

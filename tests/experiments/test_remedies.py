@@ -132,7 +132,7 @@ def test_what_is_kept_is_counted_over_seeds_and_objectives(verdicts):
     assert sgd.verdict == "shown"
     assert sgd.numbers.startswith("share of steps that do not 1.000 (1.000 to 1.000); under margin 0.000")
     assert adamw.verdict == "not shown"
-    added = verdicts["one_sided: it adds more steps that do not lower it to those of margin under SGD than under AdamW"]
+    added = verdicts["one_sided: fewer steps lower it than under margin, and SGD gains more of them than AdamW"]
     assert added.verdict == "shown"
 
 
@@ -184,11 +184,9 @@ def test_a_remedy_that_lost_a_seed_is_not_judged(out):
     panels["dpo"]["sgd"] = methods | {"one_sided": methods["one_sided"].only([1])}
     found = {v.claim: v for v in remedies_report.verdicts(panels)}
     assert found["dpo, sgd: one_sided against margin"].verdict == "not judged"
-    added = found["one_sided: it adds more steps that do not lower it to those of margin under SGD than under AdamW"]
+    added = found["one_sided: fewer steps lower it than under margin, and SGD gains more of them than AdamW"]
     # of dpo seed 1 alone, of simpo both: all of the steps under SGD, none under AdamW
-    assert (
-        added.numbers == "added to the share of steps: SGD +1.000 (+1.000 to +1.000), AdamW +0.000 (+0.000 to +0.000)"
-    )
+    assert added.numbers == "gained, in shares of steps: SGD +1.000 (+1.000 to +1.000), AdamW +0.000 (+0.000 to +0.000)"
     assert added.verdict == "shown"
 
 
@@ -209,9 +207,13 @@ def test_figures_and_report_from_the_folders_alone(out):
         (["--chains"], "--chains: at least one is needed"),
         (["--chains", "magic"], "unknown pair chain 'magic'"),
         (["--masks", "magic"], "unknown masks 'magic'"),
+        (["--objectives", "dpoo"], "unknown objective 'dpoo' (did you mean dpo?)"),
         (["--sgd-factors", "rrhf", "2"], "--sgd-factors rrhf: it is not among --chains, --masks or --beside"),
         (["--objectives", "simpo"], "--masks learned: dpo trains them, and is not among --objectives"),
-        (["--optimizers", "sgd", "--learning-rates", "0.1", "0.2"], "zipped fields need as many values each"),
+        (
+            ["--optimizers", "sgd", "--learning-rates", "0.1", "0.2"],
+            "--learning-rates: one is needed for every one of --optimizers, not 2 for 1",
+        ),
         (["--optimizers", "adam", "--learning-rates", "0.1"], "unknown optimizer 'adam'"),
         (["--trial.objective", "ipo"], "--trial.objective ipo has no effect: the sweep sets it itself"),
         (["--trial.preference.optimizer.learning-rate", "0.1"], "has no effect: the sweep sets it itself"),

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from experiments.pairs.pair_config import identity
 from experiments.sweep import (
     Status,
     folder_of,
+    launch,
     mark_failed,
     open_sweep,
     plan,
@@ -319,6 +321,8 @@ def test_the_experiment_from_its_sweep_to_its_page(together, tmp_path):
     report = (tmp_path / "out" / "report.md").read_text()
     assert report.count("| done |") == 2
     assert "synchronised" in report
+    assert "- tweets, train: 59 of 64 pairs encoded; prompt cut on the left: 5" in report
+    assert "objective dpo, combination margin" in report
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert margin_objectives.run(settings) == files
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
@@ -334,7 +338,7 @@ def test_shares_together_are_the_sweep(tmp_path, monkeypatch):
             run.append(trial.name)
             training.RunFolder(folder_of(out, trial), {"trial": identity(trial.config)}).mark_done({"step": 0})
 
-    monkeypatch.setattr(trial_data, "gather", lambda config: None)
+    monkeypatch.setattr(trial_data, "gather", lambda config: types.SimpleNamespace(report={}))
     monkeypatch.setattr(trial_runs, "run", pretend)
     monkeypatch.setattr(figures, "redraw", lambda out: [])
     for place in (1, 2, 3):
@@ -352,7 +356,7 @@ def test_a_sweep_that_grew_is_drawn_again_whatever_stops_it(tmp_path, monkeypatc
     def killed(out):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trial_data, "gather", lambda config: None)
+    monkeypatch.setattr(trial_data, "gather", lambda config: types.SimpleNamespace(report={}))
     monkeypatch.setattr(trial_runs, "run", pretend)
     settings = small(tmp_path / "out", objectives=("dpo",), seeds=1)
     monkeypatch.setattr(figures, "redraw", lambda out: [])
@@ -372,7 +376,7 @@ def test_a_sweep_that_grew_is_drawn_again_whatever_stops_it(tmp_path, monkeypatc
 
 def test_what_failed_is_begun_again_when_that_is_asked_for(tmp_path, monkeypatch):
     run = []
-    monkeypatch.setattr(trial_data, "gather", lambda config: None)
+    monkeypatch.setattr(trial_data, "gather", lambda config: types.SimpleNamespace(report={}))
     monkeypatch.setattr(
         trial_runs, "run", lambda out, trials, tracker, packing, gathered: run.append(waiting(out, trials))
     )
@@ -386,6 +390,13 @@ def test_what_failed_is_begun_again_when_that_is_asked_for(tmp_path, monkeypatch
     assert run == [[failed, other], [other], [failed, other]]
 
 
+def test_a_kind_that_nothing_draws_is_refused_before_it_is_trained(tmp_path):
+    settings = small(tmp_path / "out", objectives=("dpo",), seeds=1)
+    with pytest.raises(UserError, match="no figures are known for kind 'mine'"):
+        launch.run(settings, "mine", margin_objectives.sweep(settings))
+    assert not settings.out.exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -395,12 +406,29 @@ def test_what_failed_is_begun_again_when_that_is_asked_for(tmp_path, monkeypatch
         (["--trial.pair-set", "tweet"], "unknown pair set 'tweet'"),
         (["--preset", "hh-rlhf"], "name the data with --trial.data"),
         (["--trial.data", "nowhere"], "nowhere"),
-        (["--trial.sft.batch-size", "999"], "--sft.batch-size 999: there are only 128 training pairs"),
+        (["--trial.sft.batch-size", "999"], "--trial.sft.batch-size 999: there are only 128 training pairs"),
         (["--seeds", "0"], "--seeds: at least one is needed"),
         (["--part", "4/3"], "I/N is needed"),
         (["--trial.objective", "ipo"], "--trial.objective ipo has no effect: the sweep sets it itself"),
         (["--trial.data", "x.jsonl", "--trial.pair-set", "long_suffix"], "--trial.pair-set long_suffix has no effect"),
         (["--packing.most", "-1"], "--packing.most -1: 0 or more"),
+        (["--packing.memory-gib", "nan"], "--packing.memory-gib nan: 0 or more"),
+        (["--bogus", "3"], "error: Unrecognized options: --bogus, 3"),
+        (["--trial.layerz"], "Unrecognized options: --trial.layerz; Perhaps you meant: --trial.layers"),
+        (
+            ["--seeds", "two"],
+            "error: Error parsing --seeds: invalid literal for int() with base 10: 'two' (--seeds INT)",
+        ),
+        (["--seeds", "-1"], "--seeds: at least one is needed"),
+        (["--objectives", "rrhf", "--betas", "0.1"], "--betas 0.1 has no effect: none of --objectives takes a beta"),
+        (
+            ["--trial.max-length", "512"],
+            "--trial.max-length 512: model tiny has 128 positions; give --trial.max-length 128",
+        ),
+        (
+            ["--learning-rates", "0.1", "--trial.preference.optimizer.learning-rate", "0.2"],
+            "--trial.preference.optimizer.learning-rate 0.2 has no effect: the sweep sets it itself",
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line_and_writes_nothing(fail, tmp_path, words, message):
