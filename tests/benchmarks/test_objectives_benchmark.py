@@ -14,6 +14,7 @@ from scripts.benchmarks.table import BENCHMARKS
 CONFIG = DecoderConfig(vocab_size=101, max_positions=16, width=16, layers=2, heads=2)
 
 
+@pytest.mark.slow
 def test_both_sides_run_and_agree_with_themselves():
     sides = objectives.contenders(CONFIG, 32, 16)
     result = measure(BENCHMARKS["objectives"]._replace(runs=2), sides)

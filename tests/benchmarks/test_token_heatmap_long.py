@@ -7,6 +7,7 @@ from entangle.models import DecoderConfig
 from scripts.benchmarks import token_heatmap
 
 
+@pytest.mark.slow
 def test_the_long_contender(tmp_path, monkeypatch):
     config = DecoderConfig(vocab_size=101, max_positions=32, width=16, layers=1, heads=2)
     side = token_heatmap.alone(tmp_path / "a", config, 5)

@@ -1,9 +1,14 @@
 """optax's Adam and schedules mix counters and floats, so strict promotion cannot hold where they run."""
 
+import functools
+
 import jax
 import pytest
 
+from entangle import models
 from experiments import command_line, sentiment
+from experiments.sweep import trial_data
+from experiments.sweep.trial_config import data_fingerprint
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -16,6 +21,31 @@ def standard_promotion():
 def tfds_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    """Where it does not matter what a model is made of: one layer is compiled in half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        small = functools.partial(models.DecoderConfig, max_positions=128, width=32, layers=1, heads=2)
+        patch.setitem(models.PRESETS, "tiny", small)
+        yield
+
+
+@pytest.fixture(scope="module")
+def gathered_once(small_model):
+    """What trials are made from is read once for all tests of a module."""
+    gather, found = trial_data.gather, {}
+
+    def once(config):
+        key = data_fingerprint(config), repr(config.sft), repr(config.preference)
+        if key not in found:
+            found[key] = gather(config)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trial_data, "gather", once)
         yield
 
 

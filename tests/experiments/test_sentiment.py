@@ -36,8 +36,11 @@ def shrunk(out, **changes):
     return dataclasses.replace(smoke, **stages, **(small | changes))
 
 
+pytestmark = pytest.mark.usefixtures("small_model")
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(small_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("sentiment") / "out"
     return out, sentiment.run(shrunk(out))
 

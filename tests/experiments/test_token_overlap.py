@@ -122,7 +122,7 @@ def test_trials_whose_pairs_were_not_looked_at_are_named(tmp_path):
         token_overlap_report.redraw(tmp_path)
 
 
-def test_a_run_looks_at_every_held_out_pair_once(tmp_path):
+def test_a_run_looks_at_every_held_out_pair_once(gathered_once, tmp_path):
     few = {"batch_size": 4, "checkpoint_every": 2}
     trial = dataclasses.replace(
         SETTINGS.trial,

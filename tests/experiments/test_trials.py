@@ -1,7 +1,6 @@
 """Many trials in one program give what each gives alone; they stop, fail and go on by themselves."""
 
 import dataclasses
-import functools
 import json
 import re
 import shutil
@@ -56,13 +55,7 @@ SWEEP = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_model():
-    """What a model is made of does not matter here, and one layer is compiled in half the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        small = functools.partial(models.DecoderConfig, max_positions=128, width=32, layers=1, heads=2)
-        patch.setitem(models.PRESETS, "tiny", small)
-        yield
+pytestmark = pytest.mark.usefixtures("gathered_once")
 
 
 def no_tracker(folder, config):
@@ -90,7 +83,7 @@ def close(found, expected, tolerance=1e-5):
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
+def together(gathered_once, tmp_path_factory):
     out = tmp_path_factory.mktemp("sweep")
     trials = planned(out)
     trial_runs.run(out, trials, no_tracker)
@@ -106,7 +99,7 @@ def test_all_are_one_program_and_end(together):
         assert [r["step"] for r in records(out, trial)] == [0, 1, 2, 2, 3, 4, 4]
 
 
-@pytest.mark.parametrize("place", [2, 4])
+@pytest.mark.parametrize("place", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_trial_is_the_run_that_it_is_alone(together, place, tmp_path):
     out, trials = together
     config = trials[place].config
@@ -285,7 +278,7 @@ def test_pair_sets_that_are_none_and_held_out_files_without_use_are_refused():
         trial_data.check(TrialConfig(masks="learned", objective="ipo"))
 
 
-@pytest.mark.parametrize("masks", ["oracle", "learned"])
+@pytest.mark.parametrize("masks", [pytest.param("oracle", marks=pytest.mark.slow), "learned"])
 def test_masks_are_trained_with_and_told(together, tmp_path, masks):
     whole, _ = together
     shutil.copytree(whole / "starts", tmp_path / "starts")

@@ -35,7 +35,7 @@ def expected(lp):
     return [losses.loss_and_coefficients(losses.get_objective(name, **given), lp) for name, given in SETTINGS]
 
 
-@pytest.mark.parametrize("mapped", ["vmap", "map"])
+@pytest.mark.parametrize("mapped", ["vmap", pytest.param("map", marks=pytest.mark.slow)])
 def test_all_objectives_in_one_program(lp, expected, mapped):
     selection = losses.Selection(SETTINGS)
 
