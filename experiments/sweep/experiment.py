@@ -103,8 +103,9 @@ def need(settings: SweepConfig, *names: str) -> None:
         value = getattr(settings, name)
         if not value or (name == "seeds" and value < 0):
             raise UserError(f"--{name.replace('_', '-')}: at least one is needed")
-    if not settings.trial.data:
-        raise UserError(f"--preset {settings.preset}: name the data with --trial.data")
+    for name in ("data", "model"):
+        if not getattr(settings.trial, name):
+            raise UserError(f"--preset {settings.preset}: name the {name} with --trial.{name}")
 
 
 def main(

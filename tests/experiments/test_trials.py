@@ -398,6 +398,7 @@ def test_a_kind_that_nothing_draws_is_refused_before_it_is_trained(tmp_path):
         (["--betas", "-1"], "objective 'dpo': beta -1.0 is not in (0, inf)"),
         (["--trial.pair-set", "tweet"], "unknown pair set 'tweet'"),
         (["--preset", "hh-rlhf"], "name the data with --trial.data"),
+        (["--preset", "paper", "--trial.data", "x.jsonl"], "name the model with --trial.model"),
         (["--trial.data", "nowhere"], "nowhere"),
         (["--trial.sft.batch-size", "999"], "--trial.sft.batch-size 999: there are only 128 training pairs"),
         (["--seeds", "0"], "--seeds: at least one is needed"),
