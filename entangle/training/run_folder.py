@@ -257,11 +257,7 @@ def check_folder(path: Path, config: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     if (path / CONFIG).exists():
-        try:
-            there = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path / CONFIG} cannot be read as JSON: {error}") from None
-        if differences := _differences(there, json.loads(json.dumps(config))):
+        if differences := _differences(read_json(path / CONFIG), json.loads(json.dumps(config))):
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
             differ = f"{'; '.join(differences[:3])}{more}"
             raise UserError(f"{path} holds a run of another configuration: {differ}; name another folder")
@@ -270,7 +266,7 @@ def check_folder(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """Read one of the JSON files of an run's or an experiment's folder.
+    """Read one of the JSON files of a run's or an experiment's folder.
 
     Raises:
       UserError: it is missing, or cannot be read.
