@@ -2,14 +2,18 @@
 
 ``python -m scripts.killed_sweep --launcher local --kills 20``: the process of the sweep is killed; ``--launcher ray``: that,
 or one of its tasks, or a node of a cluster of two nodes on this machine. The same command goes on every time, and in the end
-the metrics are bitwise the same, every trial ended once, and summary.csv was whole whenever it was looked at. Exits with 1 if
-not.
+the metrics are the same, every trial ended once, and summary.csv was whole whenever it was looked at. Exits with 1 if not.
+
+A trial's numbers may be rounded otherwise beside other objectives in its program, as they are where Ray shares trials out and
+where those of a pack were stopped at different steps: they have to be the same to TOLERANCE, and whether they are bitwise is
+told.
 """
 
 import argparse
 import collections
 import contextlib
 import csv
+import math
 import os
 import random
 import signal
@@ -23,6 +27,7 @@ from pathlib import Path
 from entangle.training import read_metrics
 
 TRIALS = 6
+TOLERANCE = 1e-5
 STAGES = {"base": 6, "sft": 4, "preference": 8}
 FLAGS = {
     "preset": "smoke",
@@ -50,6 +55,21 @@ def records(out):
         ]
         for file in sorted(out.rglob("metrics.jsonl"))
     }
+
+
+def difference(found, expected):
+    """Largest difference of two numbers of one record, relative to sizes above 1; infinite where anything else differs."""
+    shape = {run: [list(record) for record in rows] for run, rows in found.items()}
+    if shape != {run: [list(record) for record in rows] for run, rows in expected.items()}:
+        return float("inf")
+    pairs = [
+        (one[name], value)
+        for run, rows in expected.items()
+        for one, other in zip(found[run], rows, strict=True)
+        for name, value in other.items()
+    ]
+    apart = [abs(one - other) / max(1.0, abs(other)) for one, other in pairs if one != other]
+    return float("inf") if any(map(math.isnan, apart)) else max(apart, default=0.0)
 
 
 class Watch(threading.Thread):
@@ -186,7 +206,7 @@ def compare(folder, place, kills, rng):
     whole, start = folder / "whole", time.monotonic()
     subprocess.run(command(whole), check=True, capture_output=True)
     seconds = time.monotonic() - start
-    expected, faults, sweeps, looks = records(whole), [], 0, 0
+    expected, faults, sweeps, looks, apart = records(whole), [], 0, 0, 0.0
     while (left := kills - place.killed.total()) > 0:
         out = folder / f"killed-{sweeps}"
         killed, watch = disturbed(out, place, left, seconds, rng)
@@ -194,12 +214,14 @@ def compare(folder, place, kills, rng):
         faults += watch.faults
         if len(watch.done) != TRIALS:
             faults.append(f"{out.name}: {len(watch.done)} trials are done, not {TRIALS}")
-        if records(out) != expected:
-            faults.append(f"{out.name}: metrics differ from those of {whole}")
+        apart = max(apart, difference(records(out), expected))
+        if not apart <= TOLERANCE:
+            faults.append(f"{out.name}: metrics differ by {apart:.1e} from those of {whole}")
         print(f"sweep {sweeps}: killed {dict(killed)}; faults so far: {len(faults)}", flush=True)
     counts = ", ".join(f"{count} of the {victim}" for victim, count in sorted(place.killed.items()))
     print(f"{place.killed.total()} kills ({counts}) in {sweeps} sweeps of {TRIALS} trials, alone {seconds:.0f} s each")
-    print(f"trials that ended once, with bitwise the same metrics: {'all' if not faults else 'not all'}")
+    how = "bitwise" if not apart else f"to {apart:.1e}"
+    print(f"trials that ended once, with the same metrics ({how}): {'all' if not faults else 'not all'}")
     print(f"summary.csv was looked at {looks} times")
     print("\n".join(faults))
     return int(bool(faults))

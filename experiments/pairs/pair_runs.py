@@ -44,10 +44,22 @@ def open_folder(
     experiment = RunFolder(settings.out, {"kind": kind, **identity(settings), "pairs": digests})
     if not (settings.out / "pairs.json").exists():
         training.write_json(settings.out / "pairs.json", reports)
+    say(reports)
+    return experiment
+
+
+def say(reports: Mapping[str, Mapping[str, list[str]]]) -> None:
+    """Print what became of the pairs: pair set -> split -> lines.
+
+    Example:
+      >>> from experiments.pairs.pair_runs import say
+      >>> say({"tweets": {"train": ["60 of 64 pairs encoded", "  too long: 4"]}})
+      tweets, train: 60 of 64 pairs encoded
+        too long: 4
+    """
     for name, splits in reports.items():
         for split, lines in splits.items():
-            print(f"{name}, {split}: " + "\n".join(lines))
-    return experiment
+            print(f"{name}, {split}: " + "\n".join(lines), flush=True)
 
 
 def identities(

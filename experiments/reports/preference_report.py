@@ -14,6 +14,7 @@ from experiments.reports.run_tables import (
     curve,
     method_label,
     pair_chain_label,
+    pair_lines,
     read_runs,
     spread,
 )
@@ -167,12 +168,7 @@ def _checks(runs: Runs) -> str:
 
 
 def _data(runs: Runs, out: Path) -> str:
-    sets = read_json(out / "pairs.json")
-    rows = [
-        f"- {name}, {split}: {'; '.join(map(str.strip, x))}"
-        for name, splits in sets.items()
-        for split, x in splits.items()
-    ]
+    rows = pair_lines([read_json(out / "pairs.json")])
     balanced = "Both labels are equally frequent in both splits. " if runs.config["kind"] == "sentiment" else ""
     text = f"{balanced}A seed varies the order of the SFT and preference batches."
     return "\n".join(["## Data", "", text, "", *rows])

@@ -106,6 +106,25 @@ def read_seeds(folder: Path, seeds: int, stage: str = "") -> list[list[dict[str,
     return [read_metrics(run) for run in runs]
 
 
+def pair_lines(reports: Iterable[Mapping[str, Mapping[str, Iterable[str]]]]) -> list[str]:
+    """What became of the pairs, an item of a list for every split.
+
+    Args:
+      reports: pair set -> split -> lines, as ``pairs.json`` has them.
+
+    Example:
+      >>> from experiments.reports.run_tables import pair_lines
+      >>> pair_lines([{"tweets": {"train": ["60 of 64 pairs encoded", "  too long: 4"]}}])
+      ['- tweets, train: 60 of 64 pairs encoded; too long: 4']
+    """
+    return [
+        f"- {name}, {split}: {'; '.join(map(str.strip, lines))}"
+        for sets in reports
+        for name, splits in sets.items()
+        for split, lines in splits.items()
+    ]
+
+
 def curve(seeds: Iterable[list[dict[str, Any]]], metric: str) -> Curve:
     """A metric over the steps that have it, one row a seed.
 

@@ -11,7 +11,7 @@ import numpy as np
 from entangle.training.run_folder import read_json, write_text
 from experiments.reports.claims import Verdict
 from experiments.reports.preference_report import provenance
-from experiments.reports.run_tables import spread
+from experiments.reports.run_tables import pair_lines, spread
 from experiments.reports.sweep_figures import coefficient_ratio
 from experiments.reports.sweep_tables import Group, Sweep
 from experiments.sweep import summary
@@ -178,12 +178,7 @@ def _failed(sweep: Sweep) -> str:
 def _data(out: Path) -> str:
     """What became of the pairs, where the sweep's folder tells it."""
     found = read_json(out / PAIRS) if (out / PAIRS).exists() else {}
-    lines = [
-        f"- {name}, {split}: {'; '.join(map(str.strip, said))}"
-        for report in found.values()
-        for name, splits in report.items()
-        for split, said in splits.items()
-    ]
+    lines = pair_lines(found.values())
     return "\n".join(["## Data", "", *dict.fromkeys(lines)]) if lines else ""
 
 

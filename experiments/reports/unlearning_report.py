@@ -9,7 +9,7 @@ import numpy as np
 
 from entangle.training.run_folder import read_json
 from experiments.reports import preference_report, unlearning_figures
-from experiments.reports.run_tables import Runs, curve, objective_label, spread
+from experiments.reports.run_tables import Runs, curve, objective_label, pair_lines, spread
 from experiments.reports.unlearning_figures import moved, read, share
 from experiments.unlearning_config import METHODS, OPTIMIZERS, VARIANTS
 
@@ -211,7 +211,6 @@ def _pictures() -> str:
 
 
 def _data(out: Path) -> str:
-    sets = read_json(out / "pairs.json")
-    rows = [f"- {name}, {split}: {'; '.join(map(str.strip, x))}" for name, s in sets.items() for split, x in s.items()]
+    rows = pair_lines([read_json(out / "pairs.json")])
     text = "A seed varies the order of the batches, in supervised training and in forgetting."
     return "\n".join(["## Data", "", text, "", *rows])

@@ -150,12 +150,14 @@ def _gathered(trials: Sequence[Trial[TrialConfig]]) -> dict[str, Any]:
 
 def _tell_pairs(out: Path, gathered: Mapping[str, Any]) -> None:
     """Print and keep what became of the pairs: data fingerprint -> pair set -> split -> lines."""
+    if not gathered:
+        return
+    from experiments.pairs import pair_runs  # what trains takes seconds to import
+
     with one_at_a_time(out):
         before = read_json(out / PAIRS) if (out / PAIRS).exists() else {}
         new = {digits: materials.report for digits, materials in gathered.items() if digits not in before}
         if new:
             write_json(out / PAIRS, before | new)
     for report in new.values():
-        for name, splits in report.items():
-            for split, lines in splits.items():
-                print(f"{name}, {split}: {'; '.join(map(str.strip, lines))}", flush=True)
+        pair_runs.say(report)
