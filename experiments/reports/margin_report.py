@@ -53,10 +53,10 @@ def _of(sweep: Sweep, objective: str) -> dict[str, Group]:
     return {label: group for label, group in sweep.groups.items() if group.config["objective"] == objective}
 
 
-def _rates(group: Group) -> tuple[object, ...]:
+def _rates(group: Group) -> str:
     """What objectives are compared at: everything but the objective itself."""
     same = {name: value for name, value in group.config.items() if name not in ("objective", "objective_args", "seed")}
-    return (str(same),)
+    return str(same)
 
 
 def _moves(group: Group) -> tuple[np.ndarray, np.ndarray]:

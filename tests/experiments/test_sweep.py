@@ -160,6 +160,14 @@ def test_what_was_planned_and_never_begun_is_in_the_summary(tmp_path):
     assert again.name == planned(points)[3].name != planned([{"seed": 1, "objective": "ipo"}])[0].name
 
 
+def test_the_plans_order_is_the_summarys(tmp_path):
+    points = [{"objective": name, "seed": 0} for name in ("rrhf", "ipo", "dpo")]
+    fabricate(tmp_path, points)
+    assert [trial["config"]["trial"]["objective"] for trial in read_trials(tmp_path)] == ["dpo", "ipo", "rrhf"]
+    open_sweep(tmp_path, "margin_objectives", identity(TrialConfig()), planned(points))
+    assert [trial["config"]["trial"]["objective"] for trial in read_trials(tmp_path)] == ["rrhf", "ipo", "dpo"]
+
+
 def test_status_and_what_is_waiting(tmp_path):
     trials = planned(product({"seed": range(3)}))
     fabricate(tmp_path, [{"seed": 0}])

@@ -254,3 +254,31 @@ def test_killed_at_random_moments_a_sweep_is_as_if_never_stopped(launcher, tmp_p
         [sys.executable, "-m", "scripts.killed_sweep", *words], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_tasks_of_one_host_share_its_memory(monkeypatch):
+    monkeypatch.setattr(trial_runs, "memory", lambda: 8 * 2**30)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert on_ray._own(Packing(), OnRay("auto", cpus=1.0)).memory_gib == 2.0
+    assert on_ray._own(Packing(), OnRay("auto", cpus=8.0)).memory_gib == 8.0
+    assert on_ray._own(Packing(memory_gib=3.0), OnRay("auto")).memory_gib == 3.0
+
+
+@pytest.mark.parametrize(("available", "allowed", "found"), [(10, 0, 6), (10, 5, 3), (0, 5, 3), (0, 0, 0)])
+def test_a_hosts_memory_is_what_is_available_within_its_control_group(monkeypatch, available, allowed, found):
+    monkeypatch.setattr(trial_runs, "_available", lambda: available * 10**9)
+    monkeypatch.setattr(trial_runs, "_allowed", lambda: allowed * 10**9)
+    monkeypatch.setattr(trial_runs.jax, "local_device_count", lambda: 1)
+    assert trial_runs.memory() == found * 10**9
+
+
+def test_records_that_are_missing_or_apart_are_noticed():
+    expected = {"a": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]}
+    assert killed_sweep.difference(expected, expected) == 0.0
+    apart = {"a": [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.0}]}
+    assert killed_sweep.difference(apart, expected) == 0.25
+    for other in ({}, {"a": expected["a"][:1]}, {"a": [{"step": 1}, expected["a"][1]]}):
+        assert killed_sweep.difference(other, expected) == float("inf")
+    assert killed_sweep.difference({"a": [{"step": 1, "loss": float("nan")}, expected["a"][1]]}, expected) == float(
+        "inf"
+    )

@@ -116,6 +116,15 @@ def test_verdicts_are_seed_by_seed_and_of_what_varies_alone(tmp_path):
     assert "all pairs alike" in report
 
 
+def test_a_score_that_points_the_wrong_way_tells_nothing_better():
+    change = np.arange(6.0)
+    wrong, worse = np.array([0.0, 1.0, 2.0, 3.0, 5.0, 4.0]), -change  # correlations of +0.94 and, for the distance, -1
+    columns = {"edit_share": worse, "ches": wrong, "ches_per_token": -change, "cosine": change, "chosen_change": change}
+    found = {v.claim: v.verdict for v in token_overlap_report.verdicts({"x": {0: columns, 1: columns}})}
+    assert found["x: CHES tells the displacement better than the edit distance"] == "not shown"
+    assert found["x: CHES, length-normalised tells the displacement better than the edit distance"] == "shown"
+
+
 def test_trials_whose_pairs_were_not_looked_at_are_named(tmp_path):
     fabricated.sweep(tmp_path, token_overlap.KIND, SETTINGS, token_overlap.sweep(SETTINGS), records)
     with pytest.raises(UserError, match=r"its pairs were not looked at \(pairs.csv is missing\)"):
@@ -155,6 +164,10 @@ def test_a_run_looks_at_every_held_out_pair_once(gathered_once, tmp_path):
     ("words", "message"),
     [
         (["--pair-sets", "splices"], "unknown pair set 'splices'"),
+        (
+            ["--trial.data", "x.jsonl", "--pair-sets", "tweets"],
+            "--pair-sets tweets has no effect: the pairs are those of",
+        ),
         (["--preset", "tweets"], "--preset tweets: name the data with --trial.data"),
         (["--trial.seed", "3"], "--trial.seed 3 has no effect: the sweep sets it itself"),
     ],
