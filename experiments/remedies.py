@@ -14,10 +14,10 @@ Command: ``python -m experiments.remedies --out DIR``; ``--preset tweets --trial
 ``--preset hh-rlhf --trial.data FILE.jsonl``; ``--objectives dpo simpo ipo`` for more objectives.
 Hardware and time: 14 minutes on two CPU cores (AMD EPYC).
 Result: experiments/results/remedies/report.md (three seeds): pairwise_normalized and one_sided end above plain margin in
-every seed under either optimizer, protect_chosen under AdamW alone. Over plain margin they add more under AdamW, where that
-falls further, than under SGD. Masks change next to nothing: the shared tokens' gradients are long, but all but the same on
-both sides, so that the margin's gradient has little of them. No rule keeps the probe from falling at every step in every
-seed.
+every seed under either optimizer, protect_chosen under AdamW alone. Of the steps that do not lower a probe's chosen side both
+gain more over plain margin under AdamW, where that lowers it oftener. Masks change next to nothing: the shared tokens'
+gradients are long, but all but the same on both sides, so that the margin's gradient has little of them. No rule keeps the
+probe from falling at every step in every seed.
 """
 
 from __future__ import annotations

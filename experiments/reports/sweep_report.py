@@ -86,10 +86,9 @@ def _head(sweep: Sweep, title: str) -> str:
         else "from the base model itself"
     )
     still = f" {len(sweep.open)} trials are not over and not in it." if sweep.open else ""
-    shared = {"model": "model", "data": "data", "objective": "objective", "pair_chain": "combination"}
     usual = "".join(
-        f"{said} {Path(base[name]).name}, "
-        for name, said in shared.items()
+        f"{'combination' if name == 'pair_chain' else name} {Path(base[name]).name}, "
+        for name in ("model", "data", "objective", "pair_chain")
         if any(group.config[name] == base[name] for group in sweep.groups.values())
     )
     return (
