@@ -163,3 +163,15 @@ def test_devices_share_the_trials():
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("agreed")
+
+
+def test_single_states_are_on_the_host_before_they_are_stacked(tmp_path, monkeypatch):
+    seen = []
+
+    def watched(trees, multiple=1):
+        seen.extend(jax.tree.leaves(list(trees)))
+        return stacked(trees, multiple)
+
+    monkeypatch.setattr(training.trials, "stacked", watched)
+    train(folders(tmp_path, 2), rates=(0.1, 0.2))
+    assert seen and not any(isinstance(leaf, jax.Array) for leaf in seen)
