@@ -126,9 +126,14 @@ def _check(trials: Sequence[Trial[TrialConfig]]) -> dict[str, Any]:
         return {}
     try:
         return _gathered(trials)
-    except UserError as error:  # flags of a run are flags of the sweep's trial here
-        own = "|".join(field.name.replace("_", "-") for field in dataclasses.fields(TrialConfig))
-        raise UserError(re.sub(rf"(?<![\w.-])--(?=(?:{own})\b(?!-))", "--trial.", str(error))) from None
+    except UserError as error:
+        raise UserError(_flags_of_trial(str(error))) from None
+
+
+def _flags_of_trial(text: str) -> str:
+    """What is said of a run's flags, said of the sweep's: they are those of its trial."""
+    own = "|".join(field.name.replace("_", "-") for field in dataclasses.fields(TrialConfig))
+    return re.sub(rf"(?<![\w.-])--(?=(?:{own})\b(?!-))", "--trial.", text)
 
 
 def _gathered(trials: Sequence[Trial[TrialConfig]]) -> dict[str, Any]:
@@ -156,7 +161,14 @@ def _tell_pairs(out: Path, gathered: Mapping[str, Any]) -> None:
 
     with one_at_a_time(out):
         before = read_json(out / PAIRS) if (out / PAIRS).exists() else {}
-        new = {digits: materials.report for digits, materials in gathered.items() if digits not in before}
+        new = {
+            digits: {
+                name: {split: [_flags_of_trial(line) for line in lines] for split, lines in splits.items()}
+                for name, splits in materials.report.items()
+            }
+            for digits, materials in gathered.items()
+            if digits not in before
+        }
         if new:
             write_json(out / PAIRS, before | new)
     for report in new.values():

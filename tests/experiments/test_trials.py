@@ -383,6 +383,16 @@ def test_what_failed_is_begun_again_when_that_is_asked_for(tmp_path, monkeypatch
     assert run == [[failed, other], [other], [failed, other]]
 
 
+def test_what_became_of_the_pairs_is_said_once_in_the_sweeps_own_words(tmp_path, capsys):
+    lines = ["the first 2 of 9 train pairs are taken (--train-pairs)", "  too long: 1"]
+    gathered = {"abc": types.SimpleNamespace(report={"preferences": {"files": lines}})}
+    for _ in range(2):
+        launch._tell_pairs(tmp_path, gathered)
+    said = "preferences, files: the first 2 of 9 train pairs are taken (--trial.train-pairs)\n  too long: 1\n"
+    assert capsys.readouterr().out == said
+    assert "(--trial.train-pairs)" in (tmp_path / "pairs.json").read_text()
+
+
 def test_a_kind_that_nothing_draws_is_refused_before_it_is_trained(tmp_path):
     settings = small(tmp_path / "out", objectives=("dpo",), seeds=1)
     with pytest.raises(UserError, match="no figures are known for kind 'mine'"):
