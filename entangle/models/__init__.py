@@ -9,22 +9,29 @@ from entangle import extras
 extras.require("train", "flax", "safetensors")
 
 from entangle.models.adapter import log_prob_function
-from entangle.models.config import PRESETS, DecoderConfig, preset
+from entangle.models.config import DecoderConfig, Rope, RopeScaling
 from entangle.models.decoder import Decoder, layer_of
-from entangle.models.huggingface import load_gpt2, save_gpt2
+from entangle.models.huggingface import load_pretrained, save_pretrained
 from entangle.models.language_model import LanguageModel, language_model
+from entangle.models.lora import LORA_PRESETS, LoraConfig
+from entangle.models.presets import PRESETS, VOCABULARIES, preset
 from entangle.models.token_statistics import token_statistics
 
 __all__ = [
+    "LORA_PRESETS",
     "PRESETS",
+    "VOCABULARIES",
     "Decoder",
     "DecoderConfig",
     "LanguageModel",
+    "LoraConfig",
+    "Rope",
+    "RopeScaling",
     "language_model",
     "layer_of",
-    "load_gpt2",
+    "load_pretrained",
     "log_prob_function",
     "preset",
-    "save_gpt2",
+    "save_pretrained",
     "token_statistics",
 ]

@@ -11,8 +11,8 @@ from flax import nnx
 
 from entangle import jaxprs
 from entangle.errors import UserError
-from entangle.models.decoder import at_least_float32
 from entangle.models.language_model import next_token_log_probs
+from entangle.models.norms import at_least_float32
 from entangle.paths import named_leaves
 from entangle.types import LogProbFn, PairBatch, Params
 

@@ -1,70 +1,31 @@
-"""GPT-2 decoder in Flax NNX: learned positions, LayerNorm before each sublayer, tied embedding and head, no dropout.
+"""The decoder in Flax NNX: norms before each sublayer, no dropout but that of adapters; families differ in configuration.
 
-Parameters decide the precision: everything runs in the dtype of the parameters except LayerNorm statistics, attention
-softmax and head, which run in at least float32.
+Everything runs in the dtype of the residual stream, which is that of the token embedding or the configuration's
+``compute_dtype``, except norm statistics, attention softmax and head, which run in at least float32.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from entangle.errors import UserError
+from entangle.models.attention import Attention, Positions, rotation, sees
 from entangle.models.config import DecoderConfig
+from entangle.models.feed_forward import FEED_FORWARDS
+from entangle.models.linear import INIT_SCALE, Dropout
+from entangle.models.norms import NORMS, at_least_float32
 
-_INIT_SCALE = 0.02
-
-
-class LayerNorm(nnx.Module):
-    """LayerNorm over the last axis, with the two-pass variance.
-
-    ``nnx.LayerNorm`` is not used: in bfloat16 it relies on implicit promotion, which the test suite forbids.
-    """
-
-    def __init__(self, width: int, epsilon: float) -> None:
-        """Start as the plain normalisation: scale one, bias zero."""
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
-        self.epsilon = epsilon
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise ``[..., D]`` to ``[..., D]``."""
-        dtype = at_least_float32(x.dtype)
-        wide = x.astype(dtype)
-        centred = wide - wide.mean(-1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
-        return normal.astype(x.dtype) * _along_last(self.scale[...], x.ndim) + _along_last(self.bias[...], x.ndim)
-
-
-class Attention(nnx.Module):
-    """Causal self-attention; one kernel holds query, key and value, in this order, each ``[D, D]`` head by head."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
-        """Draw the two kernels."""
-        self.heads = config.heads
-        self.qkv = _linear(config.width, 3 * config.width, _INIT_SCALE, rngs)
-        self.out = _linear(config.width, config.width, _residual_scale(config), rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map ``[N, T, D]`` to ``[N, T, D]``; position t sees positions up to t."""
-        query, key, value = (part.reshape(*x.shape[:-1], self.heads, -1) for part in jnp.split(self.qkv(x), 3, axis=-1))
-        return self.out(causal_attention(query, key, value).reshape(x.shape))
-
-
-class FeedForward(nnx.Module):
-    """Two linear layers around GELU in its tanh form."""
-
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
-        """Draw the two kernels."""
-        self.up = _linear(config.width, config.hidden_width, _INIT_SCALE, rngs)
-        self.down = _linear(config.hidden_width, config.width, _residual_scale(config), rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map ``[..., D]`` to ``[..., D]`` through width F."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+REMATS: Mapping[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "none": lambda body: body,
+    "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "full": lambda body: jax.checkpoint(body),
+}
+"""Name of what the backward computes again to how a layer is wrapped."""
 
 
 class Layer(nnx.Module):
@@ -72,19 +33,22 @@ class Layer(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs) -> None:
         """Draw the parameters of both sublayers."""
-        self.attention_norm = LayerNorm(config.width, config.norm_epsilon)
+        self.attention_norm = NORMS[config.norm](config.width, config.norm_epsilon)
         self.attention = Attention(config, rngs)
-        self.feed_forward_norm = LayerNorm(config.width, config.norm_epsilon)
-        self.feed_forward = FeedForward(config, rngs)
+        self.feed_forward_norm = NORMS[config.norm](config.width, config.norm_epsilon)
+        self.feed_forward = FEED_FORWARDS[config.feed_forward](config, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: Positions) -> jax.Array:
         """Map ``[N, T, D]`` to ``[N, T, D]``."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x = x + self.attention(self.attention_norm(x), positions)
+        return x + self.feed_forward(self.feed_forward_norm(x), positions.dropout)
 
 
 class Decoder(nnx.Module):
-    """The whole decoder; its layers lie under string keys ``"0"``, ``"1"``, ... so that parameter trees stay plain.
+    """The whole decoder.
+
+    Its layers lie under string keys ``"0"``, ``"1"``, ... so that parameter trees stay plain; with ``scan_layers`` there is
+    one layer, whose parameters have a leading axis of length L.
 
     Example:
       >>> config = DecoderConfig(vocab_size=10, max_positions=8, width=4, layers=1, heads=2)
@@ -97,46 +61,97 @@ class Decoder(nnx.Module):
         """Draw all parameters as GPT-2 does: normal with 0.02, residual projections less by ``sqrt(2 L)``.
 
         Args:
-          config: the shapes.
+          config: the decoder.
           rngs: source of the ``params`` stream.
+
+        Raises:
+          UserError: an adapter's target is no matrix of this decoder.
         """
         self.config = config
-        normal = nnx.initializers.normal(_INIT_SCALE)
+        normal = nnx.initializers.normal(INIT_SCALE)
         tokens, positions = (config.vocab_size, config.width), (config.max_positions, config.width)
         self.token_embedding = nnx.Param(normal(rngs.params(), tokens, jnp.float32))
-        self.position_embedding = nnx.Param(normal(rngs.params(), positions, jnp.float32))
-        self.layers = nnx.Dict({str(index): Layer(config, rngs) for index in range(config.layers)})
-        self.final_norm = LayerNorm(config.width, config.norm_epsilon)
+        if config.rope is None:
+            self.position_embedding = nnx.Param(normal(rngs.params(), positions, jnp.float32))
+        self.layers = _stacked(config, rngs) if config.scan_layers else _side_by_side(config, rngs)
+        self.final_norm = NORMS[config.norm](config.width, config.norm_epsilon)
+        if not config.tied:
+            self.head_embedding = nnx.Param(normal(rngs.params(), tokens, jnp.float32))
+        _refuse_unknown_targets(config, self.layers)
 
-    def hidden_states(self, tokens: jax.Array) -> jax.Array:
+    def hidden_states(self, tokens: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
         """Return the normalised residual stream that the head reads.
 
         Args:
           tokens: ``[..., T]`` whole numbers from 0 below V; a greater one makes its whole row NaN.
+          seeds: ``[...]`` one a row, for the dropout of adapters; None drops nothing.
 
         Returns:
-          ``[..., T, D]`` in the dtype of the parameters.
+          ``[..., T, D]``.
 
         Raises:
           UserError: T is greater than ``max_positions``.
         """
-        length, limit = tokens.shape[-1], self.config.max_positions
-        if length > limit:
-            raise UserError(f"model input: {length} tokens are more than the {limit} positions of the model")
+        config, length = self.config, tokens.shape[-1]
+        if length > config.max_positions:
+            raise UserError(
+                f"model input: {length} tokens are more than the {config.max_positions} positions of the model"
+            )
         rows = tokens.reshape(-1, length)
-        x = jnp.take(self.token_embedding[...], rows, axis=0) + self.position_embedding[...][None, :length]
-        for index in range(self.config.layers):
-            x = self.layers[str(index)](x)
+        x = jnp.take(self.token_embedding[...], rows, axis=0)
+        if config.rope is None:
+            x = x + self.position_embedding[...][None, :length]
+        if config.compute_dtype is not None:
+            x = x.astype(config.compute_dtype)
+        keys = None if seeds is None or config.lora is None else jax.vmap(jax.random.key)(seeds.reshape(-1))
+        x = self._through_layers(x, keys)
         return self.final_norm(x).reshape(*tokens.shape, -1)
+
+    def _through_layers(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+        config, length = self.config, x.shape[1]
+        angles = None
+        if config.rope is not None:
+            angles = rotation(config.rope, config.head_width, length, at_least_float32(x.dtype))
+        alike = len(set(config.windows)) == 1
+        visible = sees(length, config.windows[0]) if alike else None
+
+        def body(x: jax.Array, layer: Any, number: jax.Array | int, window: jax.Array | int | None) -> jax.Array:
+            drawn = None if keys is None else Dropout(jax.vmap(jax.random.fold_in, (0, None))(keys, number))
+            shown = sees(length, window) if visible is None else visible
+            return layer(x, Positions(shown, angles, drawn))
+
+        if not config.scan_layers:
+            for number, window in enumerate(config.windows):
+                layer = self.layers[str(number)]
+                graph, state = nnx.split(layer)
+                run = lambda x, state, graph=graph, number=number, window=window: body(  # noqa: E731
+                    x, nnx.merge(graph, state), number, window
+                )
+                x = REMATS[config.remat](run)(x, nnx.to_pure_dict(state))
+            return x
+        graph, state = nnx.split(self.layers)
+
+        def step(x: jax.Array, sliced: Any) -> tuple[jax.Array, None]:
+            state, number, window = sliced
+            return body(x, nnx.merge(graph, state), number, window), None
+
+        numbers = jnp.arange(config.layers)
+        windows = jnp.array([length if window is None else window for window in config.windows])
+        x, _ = jax.lax.scan(REMATS[config.remat](step), x, (nnx.to_pure_dict(state), numbers, windows))
+        return x
+
+    def table(self) -> jax.Array:
+        """The head's matrix ``[V, D]``, which is the token embedding where the two are tied."""
+        return (self.token_embedding if self.config.tied else self.head_embedding)[...]
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Map hidden states ``[..., T, D]`` to logits ``[..., T, V]``, summed in at least float32."""
         dtype = at_least_float32(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, self.token_embedding[...], preferred_element_type=dtype)
+        return jnp.einsum("...d,vd->...v", hidden, self.table().astype(hidden.dtype), preferred_element_type=dtype)
 
-    def logits(self, tokens: jax.Array) -> jax.Array:
+    def logits(self, tokens: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
         """Map tokens ``[..., T]`` to next-token logits ``[..., T, V]``; arguments as in :meth:`hidden_states`."""
-        return self.head(self.hidden_states(tokens))
+        return self.head(self.hidden_states(tokens, seeds))
 
 
 def layer_of(path: str) -> str:
@@ -149,49 +164,34 @@ def layer_of(path: str) -> str:
       >>> from entangle.models import layer_of
       >>> layer_of("token_embedding"), layer_of("layers/0/attention_norm/scale"), layer_of("layers/0/attention/qkv/kernel")
       ('token_embedding', '0.attention', '0.attention')
+      >>> layer_of("layers/feed_forward/up/kernel")  # of layers that are scanned over
+      'feed_forward'
     """
     first, *rest = path.split("/")
-    return f"{rest[0]}.{rest[1].removesuffix('_norm')}" if first == "layers" else first
+    if first != "layers":
+        return first
+    return ".".join(rest[: 2 if rest[0].isdigit() else 1]).removesuffix("_norm")
 
 
-def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Softmax attention in which position t sees positions up to t.
-
-    ``jax.nn.dot_product_attention`` is not used: it takes the softmax in float32 even for float64 input, and in
-    bfloat16 it relies on implicit promotion.
-
-    Args:
-      query: ``[N, T, H, D / H]``.
-      key: like ``query``.
-      value: like ``query``.
-
-    Returns:
-      ``[N, T, H, D / H]`` in the dtype of ``value``; the softmax runs in at least float32.
-
-    Example:
-      >>> x = jnp.arange(6.0).reshape(1, 3, 1, 2)
-      >>> bool((causal_attention(x, x, x)[:, 0] == x[:, 0]).all())
-      True
-    """
-    length, width = query.shape[-3], query.shape[-1]
-    scores = jnp.einsum("nthd,nshd->nhts", query, key, preferred_element_type=at_least_float32(query.dtype))
-    visible = jnp.tril(jnp.ones((length, length), bool))[None, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores / math.sqrt(width), -jnp.inf), axis=-1)
-    return jnp.einsum("nhts,nshd->nthd", weights.astype(value.dtype), value)
+def _side_by_side(config: DecoderConfig, rngs: nnx.Rngs) -> Any:
+    return nnx.Dict({str(index): Layer(config, rngs) for index in range(config.layers)})
 
 
-def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of sums over a floating dtype: float64 for float64, else float32."""
-    return dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32)
+def _stacked(config: DecoderConfig, rngs: nnx.Rngs) -> Any:
+    """One layer whose parameters are those of all layers, ``[L, ...]``."""
+
+    def draw(key: jax.Array) -> Any:
+        return nnx.to_pure_dict(nnx.state(Layer(config, nnx.Rngs(params=key))))
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0))))
+    return nnx.merge(graph, jax.vmap(draw)(jax.random.split(rngs.params(), config.layers)))
 
 
-def _along_last(vector: jax.Array, ndim: int) -> jax.Array:
-    return jax.lax.expand_dims(vector, range(ndim - 1))
-
-
-def _residual_scale(config: DecoderConfig) -> float:
-    return _INIT_SCALE / math.sqrt(2 * config.layers)
-
-
-def _linear(rows: int, columns: int, scale: float, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(rows, columns, kernel_init=nnx.initializers.normal(scale), rngs=rngs)
+def _refuse_unknown_targets(config: DecoderConfig, layers: Any) -> None:
+    if config.lora is None:
+        return
+    first = layers if config.scan_layers else layers["0"]
+    paths = [module.path for _, module in nnx.iter_modules(first) if hasattr(module, "path")]
+    for target in config.lora.targets:
+        if not any(f"/{path}".endswith(f"/{target}") for path in paths):
+            raise UserError(f"LoRA: no matrix of this decoder is called {target!r}: there are {', '.join(paths)}")

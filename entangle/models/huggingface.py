@@ -1,113 +1,120 @@
-"""Hugging Face GPT-2 checkpoints in a local folder: ``config.json`` with ``model.safetensors``, read and written.
-
-Kernels of both sides are ``[in, out]`` and hold query, key and value side by side, so import and export only rename.
-"""
+"""Hugging Face checkpoints in a local folder, read straight into their shardings and written file by file."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 
 from entangle.errors import UserError
 from entangle.models.config import DecoderConfig
-from entangle.models.huggingface_config import config_json, read_config
+from entangle.models.families import FAMILIES, Family
+from entangle.models.huggingface_config import config_json, family_of, read_config
 from entangle.models.language_model import language_model
+from entangle.models.weights import Read, Weights, refuse, weight_files, write_weights
+from entangle.paths import named_leaves
 from entangle.types import Params
 
-_TOP = {
-    "token_embedding": "wte.weight",
-    "position_embedding": "wpe.weight",
-    "final_norm/scale": "ln_f.weight",
-    "final_norm/bias": "ln_f.bias",
-}
-_IN_LAYER = {
-    "attention_norm/scale": "ln_1.weight",
-    "attention_norm/bias": "ln_1.bias",
-    "attention/qkv/kernel": "attn.c_attn.weight",
-    "attention/qkv/bias": "attn.c_attn.bias",
-    "attention/out/kernel": "attn.c_proj.weight",
-    "attention/out/bias": "attn.c_proj.bias",
-    "feed_forward_norm/scale": "ln_2.weight",
-    "feed_forward_norm/bias": "ln_2.bias",
-    "feed_forward/up/kernel": "mlp.c_fc.weight",
-    "feed_forward/up/bias": "mlp.c_fc.bias",
-    "feed_forward/down/kernel": "mlp.c_proj.weight",
-    "feed_forward/down/bias": "mlp.c_proj.bias",
-}
-_PREFIX = "transformer."
 _HEAD = "lm_head.weight"
-_CAUSAL_MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
-_FLOATS = ("F32", "F16", "BF16")
-_WEIGHTS = "model.safetensors"
+_FILE_BYTES = 5_000_000_000
 
 
-def load_gpt2(folder: str | Path) -> tuple[DecoderConfig, Params]:
-    """Read a GPT-2 checkpoint.
+def load_pretrained(
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    shardings: Callable[[DecoderConfig, Params], Params] | None = None,
+    **changes: Any,
+) -> tuple[DecoderConfig, Params]:
+    """Read a checkpoint of GPT-2, Llama, Mistral, Qwen2 or Qwen3.
+
+    Every device's part of every parameter is read by itself, so that no more than one part is on the host at a time.
 
     Args:
-      folder: a local folder with ``config.json`` and ``model.safetensors``; the prefix ``transformer.`` of tensor names
-        is optional, stored causal masks are ignored.
+      folder: a local folder with ``config.json`` and ``model.safetensors``, or ``model.safetensors.index.json`` and its
+        files. The prefix of the decoder's tensors is optional, stored causal masks are ignored.
+      dtype: of the parameters, whatever the checkpoint's floating type.
+      shardings: the decoder and the shapes of its parameters to a tree of shardings; None puts all on the first device.
+      changes: fields of the configuration that no checkpoint says: ``scan_layers``, ``remat``, ``compute_dtype``.
 
     Returns:
-      The shapes and the parameters, float32 whatever the checkpoint's floating type.
+      The decoder and the parameters.
 
     Raises:
       UserError: the folder or a file is missing or broken; the configuration says something that is not computed here;
-        a tensor is missing, unknown, of another shape or of another type; the head is not tied to the embedding.
+        a tensor is missing, unknown, of another shape or of another type; a tied head differs from the embedding.
 
     Example:
       >>> import tempfile
       >>> config = DecoderConfig(vocab_size=10, max_positions=8, width=4, layers=1, heads=2)
       >>> params = language_model(config).init(jax.random.key(0))
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     save_gpt2(Path(folder) / "checkpoint", config, params)
-      ...     load_gpt2(Path(folder) / "checkpoint")[0] == config
+      ...     save_pretrained(Path(folder) / "checkpoint", config, params)
+      ...     load_pretrained(Path(folder) / "checkpoint")[0] == config
       True
     """
-    weights = _weights_path(Path(folder))
-    config = read_config(Path(folder) / "config.json")
-    try:
-        with safe_open(weights, "numpy") as file:
-            return config, _read_params(weights, file, config)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights}: cannot be read as safetensors: {' '.join(str(error).split())}") from None
+    folder = Path(folder)
+    with _Opened(folder) as (family, config, weights):
+        config = dataclasses.replace(config, **changes)
+        expected = _expected(config)
+        sources = _sources(config, family, expected)
+        names = _in_order(config, family, {name for source in sources.values() for name in source.names})
+        refuse(weights.path, "tensors missing", [name for name in names if name not in weights.names])
+        refuse(weights.path, "tensors not understood", sorted(weights.names - {*names, _HEAD}))
+        places = None if shardings is None else dict(named_leaves(shardings(config, expected)))
+        read = {path: _reader(weights, source) for path, source in sources.items()}
+        leaves = [
+            _array(read[path], leaf.shape, dtype, places and places[path]) for path, leaf in named_leaves(expected)
+        ]
+        params = jax.tree.unflatten(jax.tree.structure(expected), leaves)
+        if config.tied and _HEAD in weights.names:
+            _check_tied(weights, read["token_embedding"], sources["token_embedding"].shape)
+    return config, params
 
 
-def save_gpt2(folder: str | Path, config: DecoderConfig, params: Params) -> None:
-    """Write a checkpoint that ``transformers`` and :func:`load_gpt2` read; the folder appears whole or not at all.
+def save_pretrained(
+    folder: str | Path, config: DecoderConfig, params: Params, *, file_bytes: int = _FILE_BYTES
+) -> None:
+    """Write a checkpoint that ``transformers`` and :func:`load_pretrained` read; it appears whole or not at all.
 
     Args:
       folder: where to write; must not exist.
-      config: the shapes.
-      params: the parameters; stored as float32.
+      config: the decoder.
+      params: the parameters; stored as float32. Adapters are not among them: merge them, or export them apart.
+      file_bytes: most bytes of one file; what needs several has an index.
 
     Raises:
-      UserError: the folder exists or cannot be made, or the parameters are not those of ``config``.
+      UserError: the folder exists or cannot be made, no family of checkpoints has such a decoder, or the parameters are
+        not those of ``config``.
     """
     folder = Path(folder)
-    tensors = _tensors_to_write(folder, config, params)
+    family, attributes = FAMILIES[family_of(config)], config_json(config)
+    expected = _expected(config)
+    _check_params(folder, expected, params)
     if folder.exists():
         raise UserError(f"{folder}: already exists; nothing was written")
+    given = dict(named_leaves(params))
+    tensors = [
+        (name, 4 * math.prod(source.shape), make)
+        for path, source in _sources(config, family, expected).items()
+        for name, make in source.tensors(given[path], family.prefix)
+    ]
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         partial.mkdir(parents=True)
-        settings = partial / "config.json"
-        settings.write_text(json.dumps(config_json(config), indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
-        # safetensors makes its file readable by the owner alone, whatever the umask.
-        (partial / _WEIGHTS).chmod(settings.stat().st_mode)
+        (partial / "config.json").write_text(json.dumps(attributes, indent=2) + "\n", encoding="utf-8")
+        write_weights(partial, tensors, file_bytes)
         os.rename(partial, folder)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: cannot be written: {error}") from None
@@ -115,87 +122,116 @@ def save_gpt2(folder: str | Path, config: DecoderConfig, params: Params) -> None
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _weights_path(folder: Path) -> Path:
-    """Return the path of the weights once both files are known to be there."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    if not (folder / _WEIGHTS).is_file():
-        if (folder / "pytorch_model.bin").is_file():
-            raise UserError(f"{folder}: has pytorch_model.bin only; convert to safetensors")
-        if (folder / f"{_WEIGHTS}.index.json").is_file():
-            raise UserError(f"{folder}: has sharded weights; save them as one {_WEIGHTS}")
-        raise UserError(f"{folder}: has no {_WEIGHTS}")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: has no config.json")
-    return folder / _WEIGHTS
+class _Source(NamedTuple):
+    """Where a checkpoint has one of our parameters.
+
+    Attributes:
+      names: of the tensors, without prefix; one a layer where layers are stacked.
+      shape: of one tensor as we have it.
+      transposed: whether it is stored the other way.
+      stacked: whether ours has a leading axis of layers.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    transposed: bool
+    stacked: bool
+
+    def tensors(self, leaf: jax.Array, prefix: str) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+        """Names as a file has them, and what takes each tensor to the host."""
+        for number, name in enumerate(self.names):
+
+            def make(number: int = number) -> np.ndarray:
+                array = np.asarray(leaf[number] if self.stacked else leaf).astype(np.float32)
+                return array.T if self.transposed else array
+
+            yield (name if name == _HEAD else f"{prefix}{name}"), make
 
 
-def _names(config: DecoderConfig) -> dict[str, str]:
-    """Map our parameter paths to Hugging Face names, without prefix."""
-    layers = range(config.layers)
-    return _TOP | {f"layers/{i}/{ours}": f"h.{i}.{theirs}" for i in layers for ours, theirs in _IN_LAYER.items()}
+class _Opened:
+    """The family, the decoder and the tensors of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> tuple[Family, DecoderConfig, Weights]:
+        path, files = weight_files(self.folder)
+        family, config = read_config(self.folder / "config.json")
+        self.weights = Weights(path, files, family.prefix, family.ignored)
+        return family, config, self.weights
+
+    def __exit__(self, *error: object) -> None:
+        self.weights.__exit__(None, None, None)
 
 
 def _expected(config: DecoderConfig) -> Params:
-    return jax.eval_shape(language_model(config).init, jax.random.key(0))
+    """Shapes of the parameters that a checkpoint has, adapters left out."""
+    return jax.eval_shape(language_model(dataclasses.replace(config, lora=None)).init, jax.random.key(0))
 
 
-def _path(keys: Iterable[Any]) -> str:
-    return "/".join(str(key.key) for key in keys)
+def _sources(config: DecoderConfig, family: Family, expected: Params) -> dict[str, _Source]:
+    found = {}
+    for path, leaf in named_leaves(expected):
+        first, _, rest = path.partition("/")
+        if first != "layers":
+            name, transposed = family.top[path]
+            found[path] = _Source((name,), leaf.shape, transposed, False)
+        elif config.scan_layers:
+            name, transposed = family.layer[rest]
+            names = tuple(name.format(number) for number in range(config.layers))
+            found[path] = _Source(names, leaf.shape[1:], transposed, True)
+        else:
+            number, _, within = rest.partition("/")
+            name, transposed = family.layer[within]
+            found[path] = _Source((name.format(number),), leaf.shape, transposed, False)
+    return found
 
 
-def _read_params(path: Path, file: Any, config: DecoderConfig) -> Params:
-    stored = _stored_names(path, file)
-    names = _names(config)
-    _refuse(path, "tensors missing", [name for name in names.values() if name not in stored])
-    _refuse(path, "tensors not understood", sorted(stored.keys() - set(names.values()) - {_HEAD}))
-
-    def read(keys: Iterable[Any], expected: jax.ShapeDtypeStruct) -> jax.Array:
-        return jnp.asarray(_read_tensor(path, file, stored[names[_path(keys)]], expected.shape))
-
-    params = jax.tree.map_with_path(read, _expected(config))
-    if _HEAD in stored:
-        embedding = params["token_embedding"]
-        if not np.array_equal(_read_tensor(path, file, stored[_HEAD], embedding.shape), embedding):
-            raise UserError(f"{path}: {stored[_HEAD]} differs from the token embedding; only tied heads are supported")
-    return params
+def _in_order(config: DecoderConfig, family: Family, names: set[str]) -> list[str]:
+    """Names of tensors layer by layer, in the family's order."""
+    layers = (tensor.name.format(number) for number in range(config.layers) for tensor in family.layer.values())
+    order = (*(tensor.name for tensor in family.top.values()), *layers)
+    return [name for name in order if name in names]
 
 
-def _stored_names(path: Path, file: Any) -> dict[str, str]:
-    """Map names without prefix to the names in the file, causal masks left out."""
-    stored: dict[str, str] = {}
-    for name in sorted(file.keys()):
-        bare = name.removeprefix(_PREFIX)
-        if _CAUSAL_MASKS.fullmatch(bare):
-            continue
-        if bare in stored:
-            raise UserError(f"{path}: tensor {bare} is there with and without the prefix {_PREFIX}")
-        stored[bare] = name
-    return stored
+def _reader(weights: Weights, source: _Source) -> Read:
+    """A function of an index into our parameter that reads that part."""
+    stored = source.shape[::-1] if source.transposed else source.shape
+    readers = [weights.reader(name, stored) for name in source.names]
+
+    def one(read: Read, index: Sequence[slice]) -> np.ndarray:
+        return read(tuple(index)[::-1]).T if source.transposed else read(index)
+
+    def stack(index: Sequence[slice]) -> np.ndarray:
+        return np.stack([one(read, index[1:]) for read in readers[index[0]]])
+
+    return stack if source.stacked else lambda index: one(readers[0], index)
 
 
-def _read_tensor(path: Path, file: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    header = file.get_slice(name)
-    if tuple(header.get_shape()) != shape:
-        raise UserError(f"{path}: tensor {name} has shape {tuple(header.get_shape())}, expected {shape}")
-    if header.get_dtype() not in _FLOATS:
-        raise UserError(f"{path}: tensor {name} has type {header.get_dtype()}, expected one of {', '.join(_FLOATS)}")
-    return file.get_tensor(name).astype(np.float32)
+def _array(read: Read, shape: tuple[int, ...], dtype: str, sharding: Any) -> jax.Array:
+    """Read a parameter, every device's part by itself."""
+    wanted = jnp.dtype(dtype)
+    if sharding is None:
+        return jnp.asarray(read(tuple(slice(None) for _ in shape)).astype(wanted))
+    return jax.make_array_from_callback(shape, sharding, lambda index: read(index or ()).astype(wanted))
 
 
-def _tensors_to_write(folder: Path, config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
-    expected = {_path(keys): leaf.shape for keys, leaf in jax.tree.leaves_with_path(_expected(config))}
-    given = {_path(keys): leaf for keys, leaf in jax.tree.leaves_with_path(params)}
-    _refuse(folder, "parameters missing", [name for name in expected if name not in given])
-    _refuse(folder, "parameters not understood", sorted(given.keys() - expected.keys()))
-    for name, leaf in given.items():
-        if leaf.shape != expected[name]:
-            raise UserError(f"{folder}: parameter {name} has shape {leaf.shape}, expected {expected[name]}")
-    names = _names(config)
-    return {f"{_PREFIX}{names[name]}": np.asarray(leaf).astype(np.float32) for name, leaf in given.items()}
+def _check_tied(weights: Weights, embedding: Read, shape: tuple[int, ...]) -> None:
+    """Compare a stored head with the embedding that it should be, some rows at a time."""
+    head = weights.reader(_HEAD, shape)
+    for start in range(0, shape[0], 4096):
+        rows = (slice(start, min(start + 4096, shape[0])), slice(None))
+        if not np.array_equal(head(rows), embedding(rows)):
+            raise UserError(
+                f"{weights.path}: {weights.stored_name(_HEAD)} differs from the token embedding, while config.json says "
+                "that they are tied"
+            )
 
 
-def _refuse(path: Path, what: str, names: list[str]) -> None:
-    shown, hidden = names[:5], len(names) - 5
-    if shown:
-        raise UserError(f"{path}: {what}: {', '.join(shown)}" + (f" and {hidden} more" if hidden > 0 else ""))
+def _check_params(folder: Path, expected: Params, params: Params) -> None:
+    shapes, given = ({path: leaf.shape for path, leaf in named_leaves(tree)} for tree in (expected, params))
+    refuse(folder, "parameters missing", [path for path in shapes if path not in given])
+    refuse(folder, "parameters not understood", sorted(given.keys() - shapes.keys()))
+    for path, shape in given.items():
+        if shape != shapes[path]:
+            raise UserError(f"{folder}: parameter {path} has shape {shape}, expected {shapes[path]}")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from entangle.models.decoder import at_least_float32
+from entangle.models.norms import at_least_float32
 from entangle.types import PairBatch, PairTokenLogProbs, Params
 
 

@@ -34,7 +34,7 @@ def base_model(
     program = stages.likelihood_program(materials.model, stage)
     params = stages.pretrain(folder, materials.model, program, materials.text, length, 0, tracker)
     if not (folder / EXPORT).exists():  # so that another experiment can start from it with --model
-        models.save_gpt2(folder / EXPORT, materials.model.config, params)
+        models.save_pretrained(folder / EXPORT, materials.model.config, params)
     if not (folder / EXPORT / "tokenizer.json").exists():
         materials.tokenizer.save(folder / EXPORT)
     return params

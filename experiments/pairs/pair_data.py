@@ -91,7 +91,7 @@ def load_checkpoint(settings: PairSettings, folder: str) -> Checkpoint:
     Raises:
       UserError: a file is missing or broken, another architecture, a tokenizer or rows that do not fit the model.
     """
-    shape, params = models.load_gpt2(folder)
+    shape, params = models.load_pretrained(folder)
     tokenizer = data.load_tokenizer(folder)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {shape.vocab_size}")

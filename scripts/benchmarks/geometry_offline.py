@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from entangle import geometry
-from entangle.models import DecoderConfig, language_model, preset, save_gpt2
+from entangle.models import DecoderConfig, language_model, preset, save_pretrained
 from entangle.types import PairBatch, Params
 from scripts.benchmarks.measuring import Contender
 
@@ -43,7 +43,7 @@ def contenders(folder: Path, config: DecoderConfig, pairs: int) -> tuple[Contend
     from scripts.benchmarks import geometry_offline_torch
 
     params = jax.jit(language_model(config).init)(jax.random.key(0))
-    save_gpt2(folder / "gpt2", config, params)
+    save_pretrained(folder / "gpt2", config, params)
     batch = draw_pairs(config.vocab_size, pairs)
     theirs = geometry_offline_torch.geometry(
         folder / "gpt2", np.asarray(batch.tokens), np.asarray(batch.completion_mask)

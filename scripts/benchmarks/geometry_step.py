@@ -7,6 +7,7 @@ pair's two gradients in turn. In bfloat16, and at greater lengths, it is meant f
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,6 @@ from entangle.models import DecoderConfig, language_model, preset
 from entangle.training import PreferenceExamples
 from entangle.training.gradients import pair_log_probs
 from entangle.types import LogProbFn, Params
-from scripts.benchmarks import qwen
 from scripts.benchmarks.measuring import Contender
 from scripts.benchmarks.step import BETA, LENGTH, PAIRS, draw_examples
 
@@ -44,16 +44,20 @@ class Model(NamedTuple):
     log_probs: LogProbFn
 
 
-def gpt2(config: DecoderConfig | None = None) -> Model:
-    """This package's decoder; GPT-2 small if not said otherwise."""
-    model = language_model(config or preset("gpt2", 50257))
+def decoder(config: DecoderConfig) -> Model:
+    """This package's decoder."""
+    model = language_model(config)
     return Model(model.config.vocab_size, model.init, model.log_probs)
 
 
-def qwen_sized(config: qwen.QwenConfig | None = None) -> Model:
-    """A plain function; of the size of Qwen2.5-0.5B if not said otherwise."""
-    config = config or qwen.QwenConfig()
-    return Model(config.vocab_size, functools.partial(qwen.init, config), functools.partial(qwen.log_probs, config))
+def gpt2() -> Model:
+    """Of the size of GPT-2 small."""
+    return decoder(preset("gpt2"))
+
+
+def qwen() -> Model:
+    """Of the size of Qwen2.5-0.5B; nothing is computed again."""
+    return decoder(dataclasses.replace(preset("qwen2_5_0_5b"), remat="none"))
 
 
 def prepare(folder: Path) -> tuple[Contender, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from entangle import losses, transforms
-from entangle.models import DecoderConfig, language_model, preset, save_gpt2
+from entangle.models import DecoderConfig, language_model, preset, save_pretrained
 from entangle.training import PreferenceExamples, init_state, make_step, preference_gradients
 from entangle.training.optimizers import adamw
 from entangle.types import PairBatch, Params
@@ -60,7 +60,7 @@ def contenders(folder: Path, config: DecoderConfig, pairs: int, length: int) -> 
     # References from other weights: the policy's own would make the first loss log 2 whatever the log-probabilities.
     reference = jax.jit(model.log_probs)(jax.jit(model.init)(jax.random.key(1)), examples.pairs)
     examples = examples._replace(reference=reference)
-    save_gpt2(folder / "gpt2", config, params)
+    save_pretrained(folder / "gpt2", config, params)
     batch = [np.array(leaf) for leaf in (*examples.pairs, examples.reference)]
     theirs = step_torch.contender(folder / "gpt2", *batch, beta=BETA, learning_rate=LEARNING_RATE)
     return _ours(config, params, examples), theirs

@@ -140,7 +140,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         )
         for name, size, model in (
             ("gpt2", "GPT-2 small", geometry_step.gpt2),
-            ("qwen", "the size of Qwen2.5-0.5B", geometry_step.qwen_sized),
+            ("qwen", "the size of Qwen2.5-0.5B", geometry_step.qwen),
         )
         for length in (128, 512, 1024)
     },

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from entangle import geometry
-from entangle.models import DecoderConfig, language_model, load_gpt2, preset, save_gpt2
+from entangle.models import DecoderConfig, language_model, load_pretrained, preset, save_pretrained
 from entangle.types import PairBatch
 from scripts.benchmarks.measuring import Contender, peak_memory
 
@@ -69,7 +69,7 @@ def alone(folder: Path, config: DecoderConfig, count: int) -> Contender:
     checkpoint, tokens = _write_checkpoint(folder, config), draw_tokens(config, count)
     # The gradient of a response is the sum of its tokens' gradients.
     sums = gram(checkpoint, tokens, PROMPT)().sum((1, 3))
-    _, params = load_gpt2(checkpoint)
+    _, params = load_pretrained(checkpoint)
     pair = PairBatch(jnp.asarray(tokens)[None], jnp.tile(jnp.arange(tokens.shape[1]) >= PROMPT, (1, 2, 1)))
     whole = jnp.stack(jax.jit(geometry.scan_geometry, static_argnums=0)(language_model(config).log_probs, params, pair))
     found = np.asarray([sums[0, 0], sums[1, 1], sums[0, 1]])
@@ -93,7 +93,7 @@ def gram(checkpoint: Path, tokens: np.ndarray, prompt: int) -> Callable[[], np.n
       tokens: ``[2, T]``.
       prompt: tokens of the prompt; the gradients of all N later ones are multiplied.
     """
-    config, params = load_gpt2(checkpoint)
+    config, params = load_pretrained(checkpoint)
     model = language_model(config)
     positions = jnp.tile(jnp.arange(prompt, tokens.shape[1]), (2, 1))
     exact = jax.jit(lambda params: geometry.token_gram(model.token_log_probs, params, jnp.asarray(tokens), positions))
@@ -124,7 +124,7 @@ def run_once(checkpoint: Path, tokens: np.ndarray, prompt: int) -> None:
 
 
 def _write_checkpoint(folder: Path, config: DecoderConfig) -> Path:
-    save_gpt2(folder / "gpt2", config, jax.jit(language_model(config).init)(jax.random.key(0)))
+    save_pretrained(folder / "gpt2", config, jax.jit(language_model(config).init)(jax.random.key(0)))
     return folder / "gpt2"
 
 

@@ -149,7 +149,7 @@ def base_model(folder):
     """A checkpoint whose tokenizer knows the labels; the smallest model compiles fastest."""
     tokenizer = data.train_bpe([f"{word} {word}." for word in ("positive", "negative")] * 9, 300)
     config = models.DecoderConfig(tokenizer.vocab_size, max_positions=48, width=8, layers=1, heads=2)
-    models.save_gpt2(folder, config, models.language_model(config).init(jax.random.key(0)))
+    models.save_pretrained(folder, config, models.language_model(config).init(jax.random.key(0)))
     tokenizer.save(folder)
     return str(folder)
 

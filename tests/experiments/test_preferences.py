@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "gpt2"
     tokenizer = data.train_bpe([" ".join(map(str, line(n).values())) for n in range(64)], 300)
     config = models.DecoderConfig(vocab_size=tokenizer.vocab_size, max_positions=64, width=8, layers=1, heads=2)
-    models.save_gpt2(folder, config, models.language_model(config).init(jax.random.key(0)))
+    models.save_pretrained(folder, config, models.language_model(config).init(jax.random.key(0)))
     tokenizer.save(folder)
     return folder
 
@@ -129,7 +129,7 @@ def test_without_sft_the_checkpoint_itself_is_the_start(without_sft):
     assert [file.name for file in files] == ["log_ratios.png", "cosine.png", "report.md", "report.html"]
     assert "What moved the rows" not in files[-2].read_text() and "nothing is checked" in files[-2].read_text()
     assert sorted(p.name for p in (asked.out / "preferences" / "seed0").iterdir()) == ["preference"]
-    _, params = models.load_gpt2(asked.model)
+    _, params = models.load_pretrained(asked.model)
     pairs = preferences.gather(asked).pairs
     model = preferences.gather(asked).checkpoint.model
     scored = model.log_probs(params, PairBatch(pairs.held_out.tokens, pairs.held_out.completion_mask))
@@ -183,9 +183,9 @@ def test_a_stale_reference_cache_is_refused_by_name_before_anything_is_written(w
     asked = dataclasses.replace(without_sft[0], reference_cache=tmp_path / "cache")
     path = scored(asked, None)
     before = path.read_bytes()
-    config, params = models.load_gpt2(checkpoint)
+    config, params = models.load_pretrained(checkpoint)
     tokenizer = data.load_tokenizer(checkpoint)
-    models.save_gpt2(tmp_path / "other", config, jax.tree.map(lambda leaf: 1.5 * leaf, params))
+    models.save_pretrained(tmp_path / "other", config, jax.tree.map(lambda leaf: 1.5 * leaf, params))
     tokenizer.save(tmp_path / "other")
     words = ["--preset", "smoke", "--no-track", "--no-sft-first", "--reference-cache", str(tmp_path / "cache")]
     words += ["--max-length", "64", "--held-out-pairs", "6", "--probe-pairs", "0", "--out", str(tmp_path / "out")]

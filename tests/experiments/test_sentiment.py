@@ -129,7 +129,7 @@ def test_the_base_model_is_a_checkpoint_to_start_from(finished, tmp_path):
     folder = str(out / "base" / sentiment.EXPORT)
     materials = sentiment.gather(shrunk(tmp_path / "next", model=folder))
     assert materials.checkpoint is not None
-    config, params = models.load_gpt2(folder)
+    config, params = models.load_pretrained(folder)
     assert materials.model.config == config
     state = jax.eval_shape(lambda: training.init_state(params, shrunk(out).base.optimizer.build(3)))
     trained = training.final_params(out / "base", state)
@@ -139,7 +139,7 @@ def test_the_base_model_is_a_checkpoint_to_start_from(finished, tmp_path):
 def test_another_base_model_is_not_served_old_runs(finished, tmp_path):
     """The same folder name, other weights: every run of the old one is refused by name."""
     out, _ = finished
-    config, params = models.load_gpt2(out / "base" / sentiment.EXPORT)
+    config, params = models.load_pretrained(out / "base" / sentiment.EXPORT)
     folder = tmp_path / "base"
 
     def settings():
@@ -149,7 +149,7 @@ def test_another_base_model_is_not_served_old_runs(finished, tmp_path):
     for scale in (1.0, 1.5):
         if folder.exists():
             shutil.rmtree(folder)
-        models.save_gpt2(folder, config, jax.tree.map(lambda leaf, s=scale: s * leaf, params))
+        models.save_pretrained(folder, config, jax.tree.map(lambda leaf, s=scale: s * leaf, params))
         shutil.copy(out / "base" / sentiment.EXPORT / "tokenizer.json", folder)
         if scale == 1.0:
             sentiment.run(settings())
@@ -274,7 +274,7 @@ def test_bad_checkpoints_end_in_one_line(fail, tmp_path):
     tokenizer = data.train_bpe(["Tweet: positive negative"] * 9, 290)
     config = models.DecoderConfig(vocab_size=270, max_positions=64, width=4, layers=1, heads=1)
     small = tmp_path / "small"
-    models.save_gpt2(small, config, models.language_model(config).init(jax.random.key(0)))
+    models.save_pretrained(small, config, models.language_model(config).init(jax.random.key(0)))
     tokenizer.save(small)
     message = f"the tokenizer has {tokenizer.vocab_size} tokens, the model only 270"
     assert message in fail([*out, str(small)])

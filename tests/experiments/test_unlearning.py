@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "gpt2"
     tokenizer = data.train_bpe(data.embedded_corpus(8, 8, 500).text, 400)
     config = models.DecoderConfig(vocab_size=tokenizer.vocab_size, max_positions=64, width=8, layers=1, heads=2)
-    models.save_gpt2(folder, config, models.language_model(config).init(jax.random.key(0)))
+    models.save_pretrained(folder, config, models.language_model(config).init(jax.random.key(0)))
     tokenizer.save(folder)
     return folder
 

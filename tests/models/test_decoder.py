@@ -6,7 +6,7 @@ from flax import nnx
 
 from entangle.errors import UserError
 from entangle.models import Decoder, DecoderConfig
-from entangle.models.decoder import causal_attention
+from entangle.models.attention import attend, sees
 
 CONFIG = DecoderConfig(vocab_size=11, max_positions=9, width=8, layers=2, heads=2)
 
@@ -44,7 +44,7 @@ def test_order_of_tokens_matters_through_positions(logits):
 def test_attention_with_equal_keys_is_a_running_mean():
     # Equal keys give equal scores, so position t averages the values up to t: 1, (1+3)/2, (1+3+8)/3.
     values = jnp.array([1.0, 3.0, 8.0]).reshape(1, 3, 1, 1)
-    out = causal_attention(jnp.ones((1, 3, 1, 1)), jnp.ones((1, 3, 1, 1)), values)
+    out = attend(jnp.ones((1, 3, 1, 1)), jnp.ones((1, 3, 1, 1)), values, sees(values.shape[1]))
     np.testing.assert_allclose(out[0, :, 0, 0], [1.0, 2.0, 4.0], rtol=1e-6)
 
 
@@ -52,7 +52,9 @@ def test_attention_scores_are_divided_by_the_root_of_the_head_width():
     # Second position: q.k is 0 and 4 ln 3, over sqrt(4): 0 and ln 9, so the weights are 1/10 and 9/10.
     key = jnp.stack([jnp.zeros(4), jnp.full(4, jnp.log(3.0))]).reshape(1, 2, 1, 4)
     values = jnp.stack([jnp.zeros(4), jnp.ones(4)]).reshape(1, 2, 1, 4)
-    np.testing.assert_allclose(causal_attention(jnp.ones((1, 2, 1, 4)), key, values)[0, 1, 0], 0.9, rtol=1e-6)
+    np.testing.assert_allclose(
+        attend(jnp.ones((1, 2, 1, 4)), key, values, sees(values.shape[1]))[0, 1, 0], 0.9, rtol=1e-6
+    )
 
 
 def test_initial_parameters_follow_gpt2():

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from entangle.errors import UserError
-from entangle.models import DecoderConfig, language_model, load_gpt2, save_gpt2
+from entangle.models import DecoderConfig, language_model, load_pretrained, save_pretrained
 
 ATTRIBUTES = {
     "model_type": "gpt2",
@@ -42,7 +42,7 @@ def write(folder: Path, tensors, **changes) -> Path:
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 def test_logits_equal_an_independent_numpy_forward(tmp_path, tensors, naive_logits, heads, prefix):
     folder = write(tmp_path / "a", {f"{prefix}{name}": tensor for name, tensor in tensors.items()}, n_head=heads)
-    config, params = load_gpt2(folder)
+    config, params = load_pretrained(folder)
     tokens = np.array([[1, 12, 0, 7, 7, 3, 4, 9], [5, 5, 5, 2, 11, 0, 1, 8]], np.int32)
     expected = np.stack([naive_logits(tensors, heads, 0.03, row) for row in tokens])
     assert np.std(expected) > 0.5
@@ -51,7 +51,7 @@ def test_logits_equal_an_independent_numpy_forward(tmp_path, tensors, naive_logi
 
 def test_defaults_of_absent_attributes_are_those_of_transformers(tmp_path, draw_tensors):
     folder = write(tmp_path / "a", draw_tensors(0, 13, 8, 12, 2, hidden=48), n_inner=None, layer_norm_epsilon=None)
-    assert load_gpt2(folder)[0] == DecoderConfig(13, 8, 12, 2, 3, hidden=None, norm_epsilon=1e-5)
+    assert load_pretrained(folder)[0] == DecoderConfig(13, 8, 12, 2, 3, hidden=None, norm_epsilon=1e-5)
 
 
 def test_real_gpt2_configuration_is_understood(tmp_path, tensors):
@@ -83,13 +83,13 @@ def test_real_gpt2_configuration_is_understood(tmp_path, tensors):
         transformers_version="5.23.0",
         use_cache=True,
     )
-    assert load_gpt2(tmp_path / "a")[0].vocab_size == 13
+    assert load_pretrained(tmp_path / "a")[0].vocab_size == 13
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_checkpoints_are_read_to_float32_exactly(tmp_path, tensors, dtype):
     half = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
-    _, params = load_gpt2(write(tmp_path / "a", half))
+    _, params = load_pretrained(write(tmp_path / "a", half))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
     np.testing.assert_array_equal(params["token_embedding"], half["wte.weight"].astype(np.float32))
 
@@ -97,14 +97,14 @@ def test_half_precision_checkpoints_are_read_to_float32_exactly(tmp_path, tensor
 def test_causal_masks_and_a_tied_head_are_accepted(tmp_path, tensors):
     masks = {"h.0.attn.bias": np.tril(np.ones((1, 1, 8, 8), bool)), "h.1.attn.masked_bias": np.array(-1e4, np.float32)}
     folder = write(tmp_path / "a", tensors | masks | {"lm_head.weight": tensors["wte.weight"].copy()})
-    _, params = load_gpt2(folder)
+    _, params = load_pretrained(folder)
     np.testing.assert_array_equal(params["token_embedding"], tensors["wte.weight"])
 
 
 def test_export_and_import_return_the_same_parameters(tmp_path, tensors):
-    config, params = load_gpt2(write(tmp_path / "a", tensors))
-    save_gpt2(tmp_path / "deep" / "b", config, params)
-    config_again, params_again = load_gpt2(tmp_path / "deep" / "b")
+    config, params = load_pretrained(write(tmp_path / "a", tensors))
+    save_pretrained(tmp_path / "deep" / "b", config, params)
+    config_again, params_again = load_pretrained(tmp_path / "deep" / "b")
     assert config_again == config
     jax.tree.map(np.testing.assert_array_equal, params_again, params)
     written = load_file(tmp_path / "deep" / "b" / "model.safetensors")
@@ -115,7 +115,10 @@ def test_export_and_import_return_the_same_parameters(tmp_path, tensors):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type = 'llama' is not supported, only 'gpt2'"),
+        (
+            {"model_type": "gptj"},
+            "model_type = 'gptj' is not supported, only 'gpt2', 'llama', 'mistral', 'qwen2', 'qwen3'",
+        ),
         ({"model_type": None}, "attribute 'model_type' is missing"),
         ({"activation_function": "relu"}, "activation_function = 'relu' is not supported"),
         ({"activation_function": "gelu"}, "activation_function = 'gelu' is not supported"),
@@ -133,7 +136,7 @@ def test_export_and_import_return_the_same_parameters(tmp_path, tensors):
 def test_configurations_computed_otherwise_are_refused_by_name_and_value(tmp_path, tensors, change, message):
     folder = write(tmp_path / "a", tensors, **change)
     with pytest.raises(UserError, match=re.escape(f"{folder / 'config.json'}: ") + ".*" + re.escape(message)):
-        load_gpt2(folder)
+        load_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,7 @@ def test_missing_extra_and_misshapen_tensors_are_refused_by_name(tmp_path, tenso
     change(tensors)
     folder = write(tmp_path / "a", tensors)
     with pytest.raises(UserError, match=re.escape(f"{folder / 'model.safetensors'}: ") + ".*" + re.escape(message)):
-        load_gpt2(folder)
+        load_pretrained(folder)
 
 
 def remove(folder: Path, *names: str) -> None:
@@ -178,11 +181,11 @@ def remove(folder: Path, *names: str) -> None:
         (lambda f: remove(f, "model.safetensors"), "has no model.safetensors"),
         (
             lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-            "has pytorch_model.bin only; convert to safetensors",
+            "has pytorch_model.bin only, which is pickled and never loaded; convert to safetensors",
         ),
         (
             lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json"),
-            "has sharded weights; save them as one model.safetensors",
+            "is no index of safetensors files",
         ),
         (lambda f: (f / "model.safetensors").write_bytes(b"not a checkpoint"), "cannot be read as safetensors"),
         (
@@ -198,37 +201,37 @@ def test_broken_folders_are_refused_in_one_line_with_the_path(tmp_path, tensors,
     folder = write(tmp_path / "a", tensors)
     change(folder)
     with pytest.raises(UserError, match=re.escape(str(folder)) + ".*" + re.escape(message)) as caught:
-        load_gpt2(folder)
+        load_pretrained(folder)
     assert "\n" not in str(caught.value)
 
 
 def test_export_never_overwrites(tmp_path, tensors):
-    config, params = load_gpt2(write(tmp_path / "a", tensors))
+    config, params = load_pretrained(write(tmp_path / "a", tensors))
     before = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     with pytest.raises(UserError, match="already exists; nothing was written"):
-        save_gpt2(tmp_path / "a", config, jax.tree.map(jnp.zeros_like, params))
+        save_pretrained(tmp_path / "a", config, jax.tree.map(jnp.zeros_like, params))
     assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
 
 
 def test_a_failed_export_leaves_nothing_behind(tmp_path, tensors, monkeypatch):
-    config, params = load_gpt2(write(tmp_path / "a", tensors))
+    config, params = load_pretrained(write(tmp_path / "a", tensors))
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("entangle.models.huggingface.save_file", full)
+    monkeypatch.setattr("entangle.models.weights.save_file", full)
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'b'}: cannot be written: ") + ".*No space left"):
-        save_gpt2(tmp_path / "b", config, params)
+        save_pretrained(tmp_path / "b", config, params)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_parameters_of_another_configuration_are_not_exported(tmp_path, tensors):
-    config, params = load_gpt2(write(tmp_path / "a", tensors))
+    config, params = load_pretrained(write(tmp_path / "a", tensors))
     extra = params | {"adapter": jnp.zeros(2)}
     with pytest.raises(UserError, match="parameters not understood: adapter"):
-        save_gpt2(tmp_path / "b", config, extra)
+        save_pretrained(tmp_path / "b", config, extra)
     with pytest.raises(UserError, match="parameters missing: final_norm/bias, final_norm/scale"):
-        save_gpt2(tmp_path / "b", config, {name: leaf for name, leaf in params.items() if name != "final_norm"})
+        save_pretrained(tmp_path / "b", config, {name: leaf for name, leaf in params.items() if name != "final_norm"})
     with pytest.raises(UserError, match=re.escape("parameter token_embedding has shape (2, 12), expected (13, 12)")):
-        save_gpt2(tmp_path / "b", config, params | {"token_embedding": params["token_embedding"][:2]})
+        save_pretrained(tmp_path / "b", config, params | {"token_embedding": params["token_embedding"][:2]})
     assert not (tmp_path / "b").exists()

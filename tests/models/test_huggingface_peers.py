@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from entangle.models import DecoderConfig, language_model, load_gpt2, save_gpt2
+from entangle.models import DecoderConfig, language_model, load_pretrained, save_pretrained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -54,7 +54,7 @@ def their_logits(model) -> np.ndarray:
 def test_imported_checkpoint_has_their_logits(tmp_path, config):
     theirs = their_model(config)
     theirs.save_pretrained(tmp_path / "theirs")
-    loaded, params = load_gpt2(tmp_path / "theirs")
+    loaded, params = load_pretrained(tmp_path / "theirs")
     assert loaded == config
     assert np.std(their_logits(theirs)) > 0.5
     np.testing.assert_allclose(language_model(config).logits(params, TOKENS), their_logits(theirs), rtol=0, atol=1e-5)
@@ -63,7 +63,7 @@ def test_imported_checkpoint_has_their_logits(tmp_path, config):
 def test_checkpoint_of_the_bare_decoder_is_imported(tmp_path, config):
     theirs = their_model(config)
     theirs.transformer.save_pretrained(tmp_path / "theirs")
-    _, params = load_gpt2(tmp_path / "theirs")
+    _, params = load_pretrained(tmp_path / "theirs")
     np.testing.assert_allclose(language_model(config).logits(params, TOKENS), their_logits(theirs), rtol=0, atol=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_checkpoint_of_the_bare_decoder_is_imported(tmp_path, config):
 def test_half_precision_checkpoint_has_their_logits_in_float32(tmp_path, config, dtype):
     half = their_model(config).to(getattr(torch, dtype))
     half.save_pretrained(tmp_path / "theirs")
-    _, params = load_gpt2(tmp_path / "theirs")
+    _, params = load_pretrained(tmp_path / "theirs")
     expected = their_logits(half.float())
     np.testing.assert_allclose(language_model(config).logits(params, TOKENS), expected, rtol=0, atol=1e-5)
 
@@ -79,13 +79,13 @@ def test_half_precision_checkpoint_has_their_logits_in_float32(tmp_path, config,
 def test_exported_checkpoint_has_our_logits_in_transformers(tmp_path, config):
     params = language_model(config).init(jax.random.key(0))
     params = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
-    save_gpt2(tmp_path / "ours", config, params)
+    save_pretrained(tmp_path / "ours", config, params)
     theirs, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     np.testing.assert_allclose(their_logits(theirs.eval()), language_model(config).logits(params, TOKENS), atol=1e-5)
 
 
 def test_exported_checkpoint_trains_in_transformers_without_dropout(tmp_path, config):
-    save_gpt2(tmp_path / "ours", config, language_model(config).init(jax.random.key(0)))
+    save_pretrained(tmp_path / "ours", config, language_model(config).init(jax.random.key(0)))
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours")
     np.testing.assert_array_equal(their_logits(theirs.train()), their_logits(theirs.eval()))

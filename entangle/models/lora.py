@@ -1,0 +1,66 @@
+"""Low-rank adapters as data: which matrices have one, of which rank and weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from entangle.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """``x W`` becomes ``x W + (alpha / rank) x A B``; A is drawn, B begins at zero, and W is to be left as it is.
+
+    Attributes:
+      rank: r, width of the adapters.
+      alpha: their weight, times the rank.
+      targets: the matrices that have one, by path within a layer or the end of it, e.g. ``attention/query`` or ``query``.
+      dropout: share of an adapter's inputs that are dropped, in rows that have a seed (``PairBatch.seeds``).
+
+    Raises:
+      UserError: a number is out of range, or there is no target.
+
+    References:
+      Hu et al., arXiv 2106.09685; the drawing of A and the scaling are those of PEFT.
+
+    Example:
+      >>> lora = LoraConfig(rank=8, alpha=16.0, targets=("attention/query", "down"))
+      >>> lora.scale, lora.adapts("attention/query"), lora.adapts("attention/key"), lora.adapts("feed_forward/down")
+      (2.0, True, False, True)
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what adapts nothing."""
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise UserError(f"LoRA: rank must be a positive whole number, got {self.rank!r}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise UserError(f"LoRA: alpha must be a positive number, got {self.alpha!r}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"LoRA: dropout must be 0 or more and below 1, got {self.dropout!r}")
+        if not self.targets:
+            raise UserError("LoRA: name at least one target, e.g. query")
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's product is multiplied with."""
+        return self.alpha / self.rank
+
+    def adapts(self, path: str) -> bool:
+        """Whether a matrix has an adapter, by its path within a layer."""
+        return any(f"/{path}".endswith(f"/{target}") for target in self.targets)
+
+
+LORA_PRESETS: Mapping[str, LoraConfig] = {
+    # Yuan et al., arXiv 2410.13828, appendix
+    "paper": LoraConfig(rank=64, alpha=128.0, targets=("query", "key", "value"), dropout=0.05),
+    "attention": LoraConfig(rank=16, alpha=32.0, targets=("query", "key", "value", "out")),
+    "all": LoraConfig(rank=16, alpha=32.0, targets=("query", "key", "value", "out", "gate", "up", "down")),
+}
+"""Table of adapters that go by a name; ``paper`` is that of Yuan et al., arXiv 2410.13828."""
