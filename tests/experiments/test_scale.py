@@ -95,7 +95,7 @@ def test_figures_and_report_from_the_folders_alone(out):
     ("words", "message"),
     [
         (["--models"], "--models: at least one is needed"),
-        (["--models", "huge"], "--trial.model huge: neither a preset (tiny, mini, small, gpt2) nor a folder"),
+        (["--models", "huge"], "--trial.model huge: neither a preset (tiny, mini, small, gpt2, llama3_8b, "),
         (["--trial.model", "gpt2"], "--trial.model gpt2 has no effect: the sweep sets it itself"),
         (["--preset", "hh-rlhf"], "--preset hh-rlhf: name the data with --trial.data"),
     ],
