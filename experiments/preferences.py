@@ -34,7 +34,7 @@ class PreferencesConfig(PairConfig):
       preset: default or smoke: the defaults that the other flags override.
       data: preference file, .jsonl or .jsonl.gz, one JSON object a line with prompt, chosen and rejected.
       held_out: a second file to evaluate on; without it every eighth prompt of --data is held out.
-      model: local Hugging Face GPT-2 folder with its tokenizer.
+      model: local Hugging Face checkpoint folder with its tokenizer.
       sft_first: whether SFT on the chosen completions comes before; else the checkpoint itself is start and reference.
     """
 
@@ -97,7 +97,10 @@ def gather(settings: PreferencesConfig) -> Materials:
       UserError: bad input.
     """
     pair_data.check(settings)
-    for name, what in (("data", "a preference file (.jsonl or .jsonl.gz)"), ("model", "a Hugging Face GPT-2 folder")):
+    for name, what in (
+        ("data", "a preference file (.jsonl or .jsonl.gz)"),
+        ("model", "a Hugging Face checkpoint folder"),
+    ):
         if not getattr(settings, name):
             raise UserError(f"name {what} with --{name}")
     checkpoint = pair_data.load_checkpoint(settings, settings.model)

@@ -35,7 +35,7 @@ class ScaleConfig(SweepConfig):
     """The sweep over sizes.
 
     Attributes:
-      models: names of ``models.PRESETS``, or local Hugging Face GPT-2 folders.
+      models: names of ``models.PRESETS``, or local Hugging Face checkpoint folders.
     """
 
     out: Path = Path("runs/scale")

@@ -94,7 +94,7 @@ def _check(settings: UnlearningConfig) -> None:
 
 def _from_file(settings: UnlearningConfig) -> Materials:
     if settings.model in models.PRESETS:
-        raise UserError(f"--data {settings.data}: name a Hugging Face GPT-2 folder with --model")
+        raise UserError(f"--data {settings.data}: name a Hugging Face checkpoint folder with --model")
     shared = {field.name: getattr(settings, field.name) for field in dataclasses.fields(PairConfig)}
     own = {"data": settings.data, "held_out": settings.held_out, "model": settings.model}
     found = preferences.gather(preferences.PreferencesConfig(**(shared | own)))

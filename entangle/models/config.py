@@ -145,6 +145,11 @@ class DecoderConfig:
         _require_positive("norm_epsilon", self.norm_epsilon)
         for name, known in (("norm", NORMS), ("feed_forward", FEED_FORWARDS), ("remat", REMATS)):
             _require_known(name, getattr(self, name), known)
+        flags = ("fused_qkv", "qkv_bias", "out_bias", "feed_forward_bias", "qk_norm", "tied", "scan_layers")
+        for name in flags:
+            _require_known(name, getattr(self, name), (True, False))
+        if not isinstance(self.full_layers, int) or self.full_layers < 0:
+            raise UserError(f"model configuration: full_layers must be 0 or more, got {self.full_layers!r}")
         _require_known("compute_dtype", self.compute_dtype, (None, *DTYPES))
 
     @property

@@ -5,6 +5,7 @@ Every attribute that is not named here is refused, so that a checkpoint is never
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -88,16 +89,26 @@ def _tensors(
     }
 
 
+_EXECUTION = frozenset({"lora", "scan_layers", "remat", "compute_dtype"})
+
+
+def _written_alike(config: DecoderConfig, other: DecoderConfig, sizes: Mapping[str, str]) -> bool:
+    """Whether two decoders differ only in sizes and in what no checkpoint says."""
+    names = {field.name for field in dataclasses.fields(config)} - {*sizes.values(), *_EXECUTION}
+    return all(getattr(config, name) == getattr(other, name) for name in names)
+
+
+_GPT2_SIZES = {
+    "vocab_size": "vocab_size",
+    "n_positions": "max_positions",
+    "n_embd": "width",
+    "n_layer": "layers",
+    "n_head": "heads",
+    "n_inner": "hidden",
+    "layer_norm_epsilon": "norm_epsilon",
+}
 _GPT2 = Family(
-    sizes={
-        "vocab_size": "vocab_size",
-        "n_positions": "max_positions",
-        "n_embd": "width",
-        "n_layer": "layers",
-        "n_head": "heads",
-        "n_inner": "hidden",
-        "layer_norm_epsilon": "norm_epsilon",
-    },
+    sizes=_GPT2_SIZES,
     optional=("n_inner", "layer_norm_epsilon"),
     # Both activation names are the tanh form of GELU.
     supported={
@@ -119,7 +130,7 @@ _GPT2 = Family(
         "tie_word_embeddings": True,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     },
-    fits=lambda config: config.rope is None,
+    fits=lambda config: _written_alike(config, DecoderConfig(1, 1, 1, 1, 1), _GPT2_SIZES),
     top={
         "token_embedding": Tensor("wte.weight"),
         "position_embedding": Tensor("wpe.weight"),
@@ -184,6 +195,41 @@ def _is_llama_like(config: DecoderConfig, **fields: Any) -> bool:
     return config.rope is not None and all(getattr(config, name) == value for name, value in wanted.items())
 
 
+_LLAMA_SIZES = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_positions",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "key_value_heads",
+    "head_dim": "head_size",
+    "intermediate_size": "hidden",
+    "rms_norm_eps": "norm_epsilon",
+    "tie_word_embeddings": "tied",
+}
+_LLAMA_TOP = {
+    "token_embedding": Tensor("embed_tokens.weight"),
+    "head_embedding": Tensor("lm_head.weight"),
+    "final_norm/scale": Tensor("norm.weight"),
+}
+_LLAMA_NORMS = {
+    "attention_norm": "layers.{}.input_layernorm",
+    "feed_forward_norm": "layers.{}.post_attention_layernorm",
+    "attention/query_norm": "layers.{}.self_attn.q_norm",
+    "attention/key_norm": "layers.{}.self_attn.k_norm",
+}
+_LLAMA_MATRICES = {
+    "attention/query": "layers.{}.self_attn.q_proj",
+    "attention/key": "layers.{}.self_attn.k_proj",
+    "attention/value": "layers.{}.self_attn.v_proj",
+    "attention/out": "layers.{}.self_attn.o_proj",
+    "feed_forward/gate": "layers.{}.mlp.gate_proj",
+    "feed_forward/up": "layers.{}.mlp.up_proj",
+    "feed_forward/down": "layers.{}.mlp.down_proj",
+}
+_LLAMA_LAYER = _tensors(_LLAMA_NORMS, {"scale": "weight"}) | _tensors(_LLAMA_MATRICES, _MATRIX, ("kernel",))
+
+
 def _llama_like(
     architecture: str,
     read: Callable[[Mapping[str, Any]], dict[str, Any]],
@@ -194,18 +240,7 @@ def _llama_like(
     supported: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> Family:
     return Family(
-        sizes={
-            "vocab_size": "vocab_size",
-            "max_position_embeddings": "max_positions",
-            "hidden_size": "width",
-            "num_hidden_layers": "layers",
-            "num_attention_heads": "heads",
-            "num_key_value_heads": "key_value_heads",
-            "head_dim": "head_size",
-            "intermediate_size": "hidden",
-            "rms_norm_eps": "norm_epsilon",
-            "tie_word_embeddings": "tied",
-        },
+        sizes=_LLAMA_SIZES,
         optional=("num_key_value_heads", "head_dim", "tie_word_embeddings"),
         supported={
             "hidden_act": ("silu",),
@@ -229,35 +264,8 @@ def _llama_like(
             **write(config),
         },
         fits=fits,
-        top={
-            "token_embedding": Tensor("embed_tokens.weight"),
-            "head_embedding": Tensor("lm_head.weight"),
-            "final_norm/scale": Tensor("norm.weight"),
-        },
-        layer={
-            **_tensors(
-                {
-                    "attention_norm": "layers.{}.input_layernorm",
-                    "feed_forward_norm": "layers.{}.post_attention_layernorm",
-                    "attention/query_norm": "layers.{}.self_attn.q_norm",
-                    "attention/key_norm": "layers.{}.self_attn.k_norm",
-                },
-                {"scale": "weight"},
-            ),
-            **_tensors(
-                {
-                    "attention/query": "layers.{}.self_attn.q_proj",
-                    "attention/key": "layers.{}.self_attn.k_proj",
-                    "attention/value": "layers.{}.self_attn.v_proj",
-                    "attention/out": "layers.{}.self_attn.o_proj",
-                    "feed_forward/gate": "layers.{}.mlp.gate_proj",
-                    "feed_forward/up": "layers.{}.mlp.up_proj",
-                    "feed_forward/down": "layers.{}.mlp.down_proj",
-                },
-                _MATRIX,
-                transposed=("kernel",),
-            ),
-        },
+        top=_LLAMA_TOP,
+        layer=_LLAMA_LAYER,
         prefix="model.",
         ignored=r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
     )
@@ -269,17 +277,19 @@ def _no_window(config: DecoderConfig) -> bool:
 
 def _read_qwen_windows(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Qwen's first layers see everything and the others a window; ``layer_types``, where it is there, must say so too."""
-    layers = attributes.get("num_hidden_layers", 0)
-    used = attributes.get("use_sliding_window", False)
-    window = attributes.get("sliding_window") if used else None
-    full = attributes.get("max_window_layers", 28) if window is not None else 0
+    layers, full = attributes["num_hidden_layers"], attributes.get("max_window_layers", 28)
+    for name, count in (("num_hidden_layers", layers), ("max_window_layers", full)):
+        if not isinstance(count, int):
+            raise UserError(f"{name} must be a whole number, got {count!r}")
+    window = attributes.get("sliding_window") if attributes.get("use_sliding_window", False) else None
+    full = 0 if window is None else min(full, layers)
     kinds = ["full_attention" if window is None or layer < full else "sliding_attention" for layer in range(layers)]
     if (types := attributes.get("layer_types")) is not None and types != kinds:
         raise UserError(
             "layer_types is not supported where it is another than use_sliding_window, sliding_window and "
             "max_window_layers say"
         )
-    return {"sliding_window": window, "full_layers": min(full, layers)}
+    return {"sliding_window": window, "full_layers": full}
 
 
 def _write_qwen_windows(config: DecoderConfig) -> dict[str, Any]:

@@ -35,18 +35,22 @@ def load_pretrained(
     *,
     dtype: str = "float32",
     shardings: Callable[[DecoderConfig, Params], Params] | None = None,
-    **changes: Any,
+    scan_layers: bool = False,
+    remat: str = "none",
+    compute_dtype: str | None = None,
 ) -> tuple[DecoderConfig, Params]:
     """Read a checkpoint of GPT-2, Llama, Mistral, Qwen2 or Qwen3.
 
-    Every device's part of every parameter is read by itself, so that no more than one part is on the host at a time.
+    Every device's part of every parameter is read by itself: a host holds its own devices' parts of one parameter at a time.
 
     Args:
       folder: a local folder with ``config.json`` and ``model.safetensors``, or ``model.safetensors.index.json`` and its
         files. The prefix of the decoder's tensors is optional, stored causal masks are ignored.
       dtype: of the parameters, whatever the checkpoint's floating type.
       shardings: the decoder and the shapes of its parameters to a tree of shardings; None puts all on the first device.
-      changes: fields of the configuration that no checkpoint says: ``scan_layers``, ``remat``, ``compute_dtype``.
+      scan_layers: see :class:`DecoderConfig`, as the next two; no checkpoint says them.
+      remat: what the backward computes again.
+      compute_dtype: of the residual stream and of products.
 
     Returns:
       The decoder and the parameters.
@@ -66,7 +70,7 @@ def load_pretrained(
     """
     folder = Path(folder)
     with _Opened(folder) as (family, config, weights):
-        config = dataclasses.replace(config, **changes)
+        config = dataclasses.replace(config, scan_layers=scan_layers, remat=remat, compute_dtype=compute_dtype)
         expected = _expected(config)
         sources = _sources(config, family, expected)
         names = _in_order(config, family, {name for source in sources.values() for name in source.names})

@@ -20,6 +20,8 @@ _LLAMA_LIKE: dict[str, Any] = {
     "remat": "full",
 }
 _LLAMA = functools.partial(DecoderConfig, **_LLAMA_LIKE, tied=False)
+# Mistral 7B has the same layers.
+_LLAMA_8B = functools.partial(_LLAMA, width=4096, layers=32, heads=32, key_value_heads=8, hidden=14336)
 _LLAMA_3_1 = RopeScaling(factor=8.0)
 _LLAMA_3_2 = RopeScaling(factor=32.0)
 _QWEN2 = functools.partial(DecoderConfig, **_LLAMA_LIKE | {"qkv_bias": True}, norm_epsilon=1e-6, rope=Rope(1e6))
@@ -30,19 +32,8 @@ PRESETS: Mapping[str, Callable[..., DecoderConfig]] = {
     "mini": functools.partial(DecoderConfig, max_positions=256, width=96, layers=3, heads=3),
     "small": functools.partial(DecoderConfig, max_positions=256, width=128, layers=4, heads=4),
     "gpt2": functools.partial(DecoderConfig, max_positions=1024, width=768, layers=12, heads=12),
-    "llama3_8b": functools.partial(
-        _LLAMA, max_positions=8192, width=4096, layers=32, heads=32, key_value_heads=8, hidden=14336, rope=Rope(5e5)
-    ),
-    "llama3_1_8b": functools.partial(
-        _LLAMA,
-        max_positions=131_072,
-        width=4096,
-        layers=32,
-        heads=32,
-        key_value_heads=8,
-        hidden=14336,
-        rope=Rope(5e5, _LLAMA_3_1),
-    ),
+    "llama3_8b": functools.partial(_LLAMA_8B, max_positions=8192, rope=Rope(5e5)),
+    "llama3_1_8b": functools.partial(_LLAMA_8B, max_positions=131_072, rope=Rope(5e5, _LLAMA_3_1)),
     "llama3_1_70b": functools.partial(
         _LLAMA,
         max_positions=131_072,
@@ -64,9 +55,7 @@ PRESETS: Mapping[str, Callable[..., DecoderConfig]] = {
         hidden=8192,
         rope=Rope(5e5, _LLAMA_3_2),
     ),
-    "mistral_7b": functools.partial(
-        _LLAMA, max_positions=32_768, width=4096, layers=32, heads=32, key_value_heads=8, hidden=14336, rope=Rope(1e6)
-    ),
+    "mistral_7b": functools.partial(_LLAMA_8B, max_positions=32_768, rope=Rope(1e6)),
     "qwen2_5_0_5b": functools.partial(
         _QWEN2, max_positions=32_768, width=896, layers=24, heads=14, key_value_heads=2, hidden=4864
     ),

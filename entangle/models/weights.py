@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 from entangle.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
-"""Types of tensors that are read, and their bytes a number."""
+FLOATS = ("F32", "F16", "BF16")
+"""Types of tensors that are read."""
 
 Read = Callable[[Sequence[slice]], np.ndarray]
 Files = dict[Path, set[str] | None]

@@ -86,7 +86,7 @@ def check_length(settings: PairSettings, name: str, shape: models.DecoderConfig)
 
 
 def load_checkpoint(settings: PairSettings, folder: str) -> Checkpoint:
-    """Read a Hugging Face GPT-2 folder with its tokenizer.
+    """Read a Hugging Face checkpoint folder with its tokenizer.
 
     Raises:
       UserError: a file is missing or broken, another architecture, a tokenizer or rows that do not fit the model.

@@ -23,7 +23,7 @@ class CorpusSettings(PairSettings):
       data: "embedded" (the package's grammar), a folder in TweetEval's layout, or "sentiment140" (through TFDS).
       labels: the two labels that are contrasted, by name; both equally often.
       label_words: what the responses say for the two labels; by default their names.
-      model: tiny, mini, small or gpt2, pretrained here first, or a local Hugging Face GPT-2 folder.
+      model: tiny, mini, small or gpt2, pretrained here first, or a local Hugging Face checkpoint folder.
       vocab_size: tokens of the BPE trained on the corpus (a checkpoint brings its own).
       base: pretraining of the base model.
     """

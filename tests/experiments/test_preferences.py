@@ -274,7 +274,7 @@ def test_bad_input_ends_in_one_line(finished, checkpoint, tmp_path, fail):
     model = ["--model", str(checkpoint)]
     cases = [
         ([], "name a preference file (.jsonl or .jsonl.gz) with --data"),
-        (["--data", asked.data], "name a Hugging Face GPT-2 folder with --model"),
+        (["--data", asked.data], "name a Hugging Face checkpoint folder with --model"),
         (["--data", "nowhere.jsonl", *model], "nowhere.jsonl: cannot be read"),
         (["--data", asked.data, "--model", str(tmp_path)], f"{tmp_path}: has no model.safetensors"),
         (["--data", asked.data, *model, "--max-length", "65"], "--max-length 65: model"),

@@ -186,7 +186,7 @@ def test_both_sides_are_supervised_and_tweets_are_paired(checkpoint):
         (["--label-words", "a", "b"], "--label-words a b has no effect: the responses are whole tweets"),
         (["--objective", "nppo"], "unknown objective 'nppo'"),
         (["--objective-args", "beta", "-1"], "beta"),
-        (["--data", "x.jsonl"], "--data x.jsonl: name a Hugging Face GPT-2 folder with --model"),
+        (["--data", "x.jsonl"], "--data x.jsonl: name a Hugging Face checkpoint folder with --model"),
         (
             ["--data", "x.jsonl", "--sets", "long_suffix"],
             "--sets long_suffix has no effect: the pairs are those of x.jsonl",

@@ -9,9 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from entangle import geometry
 from entangle.errors import UserError
 from entangle.models import (
+    Decoder,
     LoraConfig,
     Rope,
     RopeScaling,
@@ -21,6 +24,8 @@ from entangle.models import (
     save_pretrained,
 )
 from entangle.models.attention import rotated, rotation, sees
+from entangle.models.linear import Dropout
+from tests.toy import draw_pairs
 
 SMALL = {"width": 8, "layers": 2, "heads": 4, "key_value_heads": 2, "hidden": 6, "max_positions": 16}
 FAMILIES = {
@@ -76,15 +81,30 @@ def test_every_part_is_read_straight_to_its_device(tmp_path):
         ({"num_key_value_heads": 3}, "heads 4 is not a multiple of key_value_heads 3"),
         ({"head_dim": 3}, "heads of width 3 cannot be rotated"),
         ({"attention_sinks": 4}, "attributes not understood: attention_sinks"),
+        ({"tie_word_embeddings": "no"}, "tied must be one of True, False, got 'no'"),
+        (
+            {"model_type": "qwen2", "attention_bias": None, "mlp_bias": None, "num_hidden_layers": "2"},
+            "must be a whole",
+        ),
+        ({"rope_parameters": 3}, "rope_parameters must be an object, got 3"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(tmp_path, change, message):
     config = FAMILIES["llama"]
     save_pretrained(tmp_path / "a", config, drawn(config))
     path = tmp_path / "a" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    attributes = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({name: value for name, value in attributes.items() if value is not None}))
     with pytest.raises(UserError, match=re.escape(f"{path}: ") + ".*" + re.escape(message)):
         load_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize("change", [{"rope": None}, {"norm": "layer"}, {"feed_forward_bias": True}, {"full_layers": 1}])
+def test_what_no_family_writes_is_not_exported(tmp_path, change):
+    config = dataclasses.replace(FAMILIES["mistral"], **change)
+    with pytest.raises(UserError, match="no family of checkpoints has such a decoder"):
+        save_pretrained(tmp_path / "a", config, drawn(config))
+    assert not (tmp_path / "a").exists()
 
 
 def test_an_index_that_its_files_contradict_is_refused(tmp_path):
@@ -151,3 +171,46 @@ def test_a_target_that_no_matrix_has_is_refused():
     config = dataclasses.replace(FAMILIES["llama"], lora=LoraConfig(2, 2.0, ("qkv",)))
     with pytest.raises(UserError, match="no matrix of this decoder is called 'qkv': there are attention/key"):
         language_model(config)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])  # tied, biases, windows; own head, normed heads
+def test_geometry_of_scanned_layers_is_exact(name):
+    config = FAMILIES[name]
+    params, log_probs = drawn(config), language_model(config).log_probs
+    batch = draw_pairs(1, 2, 8, config.vocab_size)
+    scanned = jax.jit(geometry.scan_geometry, static_argnums=0)(log_probs, params, batch)
+    _, found = jax.jit(lambda p, b: geometry.vjp_with_geometry(log_probs, p, b)[1](jnp.ones(2), jnp.ones(2)))(
+        params, batch
+    )
+    norms = np.sqrt(scanned.chosen_sq_norm * scanned.rejected_sq_norm)
+    for one, other in zip(found, scanned, strict=True):
+        np.testing.assert_allclose(one / norms, other / norms, rtol=0, atol=1e-5)
+
+
+def test_adapters_drop_inputs_row_by_row_where_there_are_seeds():
+    lora = LoraConfig(rank=2, alpha=2.0, targets=("query", "down"), dropout=0.5)
+    config = dataclasses.replace(FAMILIES["llama"], lora=lora)
+    graph = nnx.graphdef(Decoder(config, nnx.Rngs(0)))
+    params, rows = drawn(config), np.tile(TOKENS[0], (3, 1))
+
+    def hidden(*seeds):
+        given = np.array(seeds, np.uint32) if seeds else None
+        return nnx.merge(graph, params).hidden_states(rows, given)
+
+    nothing = hidden()
+    np.testing.assert_array_equal(nothing[0], nothing[1])
+    first = hidden(7, 7, 8)
+    np.testing.assert_array_equal(first[0], first[1])
+    assert np.abs(first[0] - first[2]).max() > 1e-3 and np.abs(first[0] - nothing[0]).max() > 1e-3
+    # a row's draws are its own, whatever the others'
+    np.testing.assert_allclose(hidden(1, 8, 7)[2], first[0], rtol=0, atol=1e-6)
+
+
+def test_what_is_kept_is_scaled_up_and_every_matrix_draws_anew():
+    dropout = Dropout(jax.random.split(jax.random.key(0), 2))
+    x = jnp.ones((2, 50, 80))
+    one, other = (np.asarray(dropout(x, 0.2, path)) for path in ("attention/query", "attention/key"))
+    assert set(np.unique(one)) == {np.float32(0.0), np.float32(1.25)}
+    # 8,000 draws of 0.8: five deviations are 0.022
+    assert abs((one > 0).mean() - 0.8) < 0.022
+    assert (one != other).any() and (one[0] != one[1]).any()
