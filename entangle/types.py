@@ -21,10 +21,12 @@ class PairBatch(NamedTuple):
     Attributes:
       tokens: ``[B, 2, T]`` int32, prompt followed by completion; side 0 is the chosen response, side 1 the rejected one.
       completion_mask: ``[B, 2, T]`` bool, true where the token belongs to the completion (never on padding).
+      seeds: ``[B, 2]`` uint32, what each row draws its dropout from; None where nothing is dropped.
     """
 
     tokens: jax.Array
     completion_mask: jax.Array
+    seeds: jax.Array | None = None
 
 
 class PairLogProbs(NamedTuple):

@@ -28,11 +28,12 @@ Axes = tuple[Axis, ...]
 _REDUCTIONS = {f"reduce_{kind}" for kind in ("sum", "max", "min", "prod", "and", "or", "xor")} | {"argmax", "argmin"}
 _ALONG = {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"}
 _ELEMENTWISE = """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz complex conj
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp
+    clz complex conj
     convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac
     imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max mesh_cast min mul ne neg nextafter not or
-    polygamma population_count pow pvary real reduce_precision regularized_incomplete_beta rem reshard round rsqrt select_n
-    sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan
+    polygamma population_count pow pvary random_fold_in random_seed real reduce_precision regularized_incomplete_beta rem
+    reshard round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan
     tanh xor zeta
 """
 _IN_PLACE = {*_ELEMENTWISE.split(), *_ALONG, "sort", "rev"}
@@ -338,6 +339,7 @@ _RULES: dict[str, Callable[[Any, Sequence[Axes]], Axes]] = {
         axis for number, axis in enumerate(operands[0]) if number not in eqn.params["dimensions"]
     ),
     "gather": _gather,
+    "random_bits": lambda eqn, operands: (*operands[0], *_plain(eqn.params["shape"])),
     "iota": lambda eqn, operands: tuple(
         ((length, VARYING if number == eqn.params["dimension"] else UNIFORM),)
         for number, length in enumerate(eqn.outvars[0].aval.shape)

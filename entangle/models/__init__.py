@@ -11,6 +11,7 @@ extras.require("train", "flax", "safetensors")
 from entangle.models.adapter import log_prob_function
 from entangle.models.config import DecoderConfig, Rope, RopeScaling
 from entangle.models.decoder import Decoder, layer_of
+from entangle.models.frozen import is_adapter, join_params, on_frozen, split_params
 from entangle.models.huggingface import load_pretrained, save_pretrained
 from entangle.models.language_model import LanguageModel, language_model
 from entangle.models.lora import LORA_PRESETS, LoraConfig
@@ -27,11 +28,15 @@ __all__ = [
     "LoraConfig",
     "Rope",
     "RopeScaling",
+    "is_adapter",
+    "join_params",
     "language_model",
     "layer_of",
     "load_pretrained",
     "log_prob_function",
+    "on_frozen",
     "preset",
     "save_pretrained",
+    "split_params",
     "token_statistics",
 ]

@@ -22,8 +22,8 @@ class LanguageModel(NamedTuple):
       init: PRNG key to parameters, a nested dict of float32 arrays.
       hidden_states: parameters and tokens ``[..., T]`` to ``[..., T, D]``, what the head reads at every token.
       logits: parameters and tokens ``[..., T]`` to next-token logits ``[..., T, V]``.
-      token_log_probs: parameters and tokens ``[..., T]`` to ``[..., T]``, in nats: position t holds
-        ``log p(token_t | tokens < t)``, position 0 holds 0.
+      token_log_probs: parameters, tokens ``[..., T]`` and, for the dropout of adapters, seeds ``[...]`` to ``[..., T]``, in
+        nats: position t holds ``log p(token_t | tokens < t)``, position 0 holds 0.
       log_probs: parameters and a PairBatch with leaves ``[B, R, T]`` to ``[B, R]``, in nats: the sum of
         ``token_log_probs`` over the completion mask.
     """
@@ -32,7 +32,7 @@ class LanguageModel(NamedTuple):
     init: Callable[[jax.Array], Params]
     hidden_states: Callable[[Params, jax.Array], jax.Array]
     logits: Callable[[Params, jax.Array], jax.Array]
-    token_log_probs: Callable[[Params, jax.Array], jax.Array]
+    token_log_probs: Callable[..., jax.Array]
     log_probs: LogProbFn
 
 
@@ -65,13 +65,13 @@ def language_model(config: DecoderConfig) -> LanguageModel:
     def logits(params: Params, tokens: jax.Array) -> jax.Array:
         return nnx.merge(graph, params).logits(tokens)
 
-    def token_log_probs(params: Params, tokens: jax.Array) -> jax.Array:
+    def token_log_probs(params: Params, tokens: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
         decoder = nnx.merge(graph, params)
         # The last position predicts nothing that is asked for; the head is the widest product of a small model.
-        return next_token_log_probs(decoder.head(decoder.hidden_states(tokens)[..., :-1, :]), tokens)
+        return next_token_log_probs(decoder.head(decoder.hidden_states(tokens, seeds)[..., :-1, :]), tokens)
 
     def log_probs(params: Params, batch: PairBatch, /) -> jax.Array:
-        per_token = token_log_probs(params, batch.tokens)
+        per_token = token_log_probs(params, batch.tokens, batch.seeds)
         return jnp.where(batch.completion_mask, per_token, jnp.zeros_like(per_token)).sum(-1)
 
     return LanguageModel(config, init, hidden_states, logits, token_log_probs, log_probs)

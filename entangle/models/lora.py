@@ -17,8 +17,7 @@ class LoraConfig:
       rank: r, width of the adapters.
       alpha: their weight, times the rank.
       targets: the matrices that have one, by path within a layer or the end of it, e.g. ``attention/query`` or ``query``.
-      dropout: share of an adapter's inputs that are dropped, in rows that are given a seed (``Decoder.hidden_states``); the
-        pure functions of a ``LanguageModel`` give none.
+      dropout: share of an adapter's inputs that are dropped, in rows that are given a seed (``PairBatch.seeds``).
 
     Raises:
       UserError: a number is out of range, or there is no target.
