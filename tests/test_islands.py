@@ -19,6 +19,7 @@ ORDER = (
     "extras",
     "paths",
     "jaxprs",
+    "sharding",
     "data",
     "models",
     "losses",

@@ -29,12 +29,11 @@ _REDUCTIONS = {f"reduce_{kind}" for kind in ("sum", "max", "min", "prod", "and",
 _ALONG = {"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"}
 _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil clamp
-    clz complex conj
-    convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac
-    imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max mesh_cast min mul ne neg nextafter not or
-    polygamma population_count pow pvary random_fold_in random_seed real reduce_precision regularized_incomplete_beta rem
-    reshard round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan
-    tanh xor zeta
+    clz complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor
+    ge gt igamma igammac imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max mesh_cast min mul ne
+    neg nextafter not or polygamma population_count pow pvary random_fold_in random_seed real reduce_precision
+    regularized_incomplete_beta rem reshard round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic
+    shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
 """
 _IN_PLACE = {*_ELEMENTWISE.split(), *_ALONG, "sort", "rev"}
 _PARTS = {"slice", "dynamic_slice", "dynamic_update_slice", "pad", "concatenate", "split", "top_k"}

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from entangle.geometry import meshes
 from entangle.geometry.pairs import count_pairs
-from entangle.geometry.program import Program, Runner
+from entangle.geometry.program import Program, Runner, SpmdAxisName
 from entangle.geometry.taps import PairProducts
 from entangle.geometry.uses import COPY_LIMIT, Place
 from entangle.paths import named_leaves
@@ -34,6 +34,7 @@ def vjp_with_geometry(
     apart: bool = False,
     per_parameter: bool = False,
     copy_limit: int = COPY_LIMIT,
+    spmd_axis_name: SpmdAxisName = None,
 ) -> tuple[jax.Array, PullBack]:
     """Log-probabilities of a batch, and the pull-back to the training gradient and the exact geometry of every pair.
 
@@ -54,6 +55,8 @@ def vjp_with_geometry(
       apart: return the two gradients apart, as PairGradients, in the place of their difference.
       per_parameter: return a tree like params of PairGeometry in the place of the sum, see :func:`total`.
       copy_limit: largest parameter, in numbers, of which every row is given a copy where no shorter form is known.
+      spmd_axis_name: mesh axes that pairs are divided over, as for ``jax.vmap``: sharding constraints inside of
+        ``log_prob_fn`` keep them so, where the mesh has Auto axes.
 
     Returns:
       Log-probabilities ``[B, 2]``, and a function of the coefficients d_w ``[B]`` and d_l ``[B]``, of any sign, that
@@ -79,7 +82,7 @@ def vjp_with_geometry(
       >>> gradient.tolist(), float(s.rejected_sq_norm[0]), float(s.inner_product[0])
       ([-0.5, 0.5], 2.0, 1.0)
     """
-    program = Program(log_prob_fn, params, batch, copy_limit)
+    program = Program(log_prob_fn, params, batch, copy_limit, spmd_axis_name=spmd_axis_name)
     pairs = program.pairs
     log_probs, pull = _differentiate(program, params, batch, apart=apart, with_gradient=True)
 
@@ -127,6 +130,7 @@ def pair_geometry(
     batch_size: int | None = None,
     per_parameter: bool = False,
     copy_limit: int = COPY_LIMIT,
+    spmd_axis_name: SpmdAxisName = None,
 ) -> Any:
     """Exact ``|g_w|^2``, ``|g_l|^2`` and ``<g_w, g_l>`` of every pair, without any gradient of the parameters' size.
 
@@ -139,6 +143,7 @@ def pair_geometry(
       batch_size: pairs at a time, which bounds memory. None takes all at once.
       per_parameter: see :func:`vjp_with_geometry`.
       copy_limit: see :func:`vjp_with_geometry`.
+      spmd_axis_name: see :func:`vjp_with_geometry`.
 
     Returns:
       PairGeometry of fields ``[B]``, float32 (float64 for float64 parameters), or a tree of them.
@@ -156,7 +161,7 @@ def pair_geometry(
     """
 
     def some(batch: Any) -> Any:
-        program = Program(log_prob_fn, params, batch, copy_limit)
+        program = Program(log_prob_fn, params, batch, copy_limit, spmd_axis_name=spmd_axis_name)
         _, pull = _differentiate(program, params, batch, apart=False, with_gradient=False)
         tree = pull(jnp.zeros((program.pairs, 2), program.dtype))[1]  # nobody asks for the sums, so jit leaves them out
         return tree if per_parameter else total(tree)

@@ -19,6 +19,8 @@ from entangle.geometry.taps import Products, Weight
 from entangle.geometry.uses import Dense, Lookup, Place, Scope
 from entangle.types import PairGeometry, Params
 
+SpmdAxisName = str | tuple[str, ...] | None
+
 
 def _parameter_names(named: Sequence[tuple[Any, Any]]) -> list[str]:
     """Names of leaves with their paths, if there are any and all of them are floating arrays."""
@@ -57,8 +59,10 @@ class Program:
         batch: Any,
         copy_limit: int,
         ndim: int = 0,
+        spmd_axis_name: SpmdAxisName = None,
     ) -> None:
         """Trace and plan; ``ndim`` is the rank of what the model returns for one row."""
+        self.spmd_axis_name = spmd_axis_name
         self.pairs = count_pairs(batch)
         named, self.tree = jax.tree_util.tree_flatten_with_path(params)
         self.names = _parameter_names(named)
@@ -104,7 +108,7 @@ class Program:
             (result,), scale = runner.run(self.scope, self.closed.consts, values, probes, scale)
             return result, scale
 
-        return jax.vmap(jax.vmap(run))(batch, scale)
+        return jax.vmap(jax.vmap(run), spmd_axis_name=self.spmd_axis_name)(batch, scale)
 
     def per_parameter(self, found: Mapping[int, jax.Array]) -> Any:
         """A tree of PairGeometry from what every place found, ``[..., B, 3]``."""

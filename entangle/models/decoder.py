@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from entangle import sharding
 from entangle.errors import UserError
 from entangle.models.attention import Attention, Positions, rotation, sees
 from entangle.models.config import DecoderConfig
@@ -98,11 +99,13 @@ class Decoder(nnx.Module):
                 f"model input: {length} tokens are more than the {config.max_positions} positions of the model"
             )
         rows = tokens.reshape(-1, length)
-        x = jnp.take(self.token_embedding[...], rows, axis=0)
+        # rows of the table whole where they are looked up: else every device looks up a part of every row of every device
+        x = jnp.take(sharding.constrain(self.token_embedding[...], "vocab", None), rows, axis=0)
         if config.rope is None:
             x = x + self.position_embedding[...][None, :length]
         if config.compute_dtype is not None:
             x = x.astype(config.compute_dtype)
+        x = sharding.constrain(x, "pairs", None, None)
         keys = None if seeds is None or config.lora is None else jax.vmap(jax.random.key)(seeds.reshape(-1))
         x = self._through_layers(x, keys)
         return self.final_norm(x).reshape(*tokens.shape, -1)
@@ -118,7 +121,7 @@ class Decoder(nnx.Module):
         def body(x: jax.Array, layer: Any, number: jax.Array | int, window: jax.Array | int | None) -> jax.Array:
             drawn = None if keys is None else Dropout(jax.vmap(jax.random.fold_in, (0, None))(keys, number))
             shown = sees(length, window) if visible is None else visible
-            return layer(x, Positions(shown, angles, drawn))
+            return sharding.constrain(layer(x, Positions(shown, angles, drawn)), "pairs", None, None)
 
         if not config.scan_layers:
             for number, window in enumerate(config.windows):

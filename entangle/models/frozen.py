@@ -100,12 +100,11 @@ def _divided(tree: Params, trained: Callable[[str], bool], path: str) -> tuple[P
     frozen: dict[str, Any] = {}
     for name, node in tree.items():
         here = f"{path}/{name}" if path else name
-        if isinstance(node, dict):
-            parts = _divided(node, trained, here)
-        else:
-            parts = (node, {}) if trained(here) else ({}, node)
-        for into, part in zip((kept, frozen), parts, strict=True):
-            if not (isinstance(part, dict) and not part):
+        if not isinstance(node, dict):
+            (kept if trained(here) else frozen)[name] = node
+            continue
+        for into, part in zip((kept, frozen), _divided(node, trained, here), strict=True):
+            if part:
                 into[name] = part
     return kept, frozen
 

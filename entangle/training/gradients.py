@@ -5,7 +5,6 @@ Both are functions of (params, batch), so that one step and one loop serve pretr
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -13,12 +12,12 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from entangle import geometry, losses
+from entangle import geometry, losses, sharding
 from entangle.losses import Coefficients, Objective, RunningObjective
 from entangle.losses.objective import as_objective
 from entangle.training.metrics import Metrics, geometry_metrics, likelihood_metrics
 from entangle.training.references import Reference
-from entangle.types import LogProbFn, PairBatch, PairGeometry, PairLogProbs, Params
+from entangle.types import LogProbFn, PairBatch, PairGeometry, PairGradients, PairLogProbs, Params
 
 PairRule = Callable[[Coefficients, PairGeometry], Coefficients]
 """A per-pair rule on the coefficients, applied before the mean over pairs, e.g. ``transforms.normalize_coefficients``."""
@@ -222,10 +221,31 @@ def ruled(pair_rule: PairRule | None, d: Coefficients, pull_back: Callable[..., 
     Args:
       pair_rule: None leaves them as they are.
       d: fields ``[B]``.
-      pull_back: of ``geometry.vjp_with_geometry``.
+      pull_back: of :func:`vjp_apart`, with geometry.
     """
     # the geometry does not depend on the coefficients
     return d if pair_rule is None else pair_rule(d, pull_back(*d)[1])
+
+
+def vjp_apart(
+    log_prob_fn: LogProbFn, params: Params, batch: Any, *, with_geometry: bool
+) -> tuple[jax.Array, Callable[..., tuple[PairGradients, PairGeometry | None]]]:
+    """Log-probabilities ``[B, 2]``, and the pull-back to the two gradients apart and, if wanted, every pair's geometry.
+
+    While a mesh is set, pairs stay divided over it and gradients lie as their parameters do, see ``entangle.sharding``.
+    """
+    if with_geometry:
+        axes = sharding.pair_axes()
+        log_probs, pull = geometry.vjp_with_geometry(log_prob_fn, params, batch, apart=True, spmd_axis_name=axes)
+    else:
+        log_probs, plain = geometry.pair_vjp(log_prob_fn, params, batch)
+        pull = lambda d_w, d_l: (plain(d_w, d_l), None)  # noqa: E731
+
+    def pull_back(d_w: jax.Array, d_l: jax.Array) -> tuple[PairGradients, PairGeometry | None]:
+        gradients, s = pull(d_w, d_l)
+        return sharding.constrain_like_parameters(gradients), s
+
+    return log_probs, pull_back
 
 
 def refuse_rule_without_geometry(pair_rule: PairRule | None, with_geometry: bool) -> None:
@@ -276,7 +296,6 @@ def preference_gradients(
     refuse_rule_without_geometry(pair_rule, with_geometry)
     objective = as_objective(objective)
     scale = reward_scale(objective) if reward_beta is None else reward_beta
-    vjp: Any = functools.partial(geometry.vjp_with_geometry, apart=True) if with_geometry else geometry.pair_vjp
 
     def gradients(
         params: Params, examples: PreferenceExamples, learning_rate: jax.Array, memory: Any = ()
@@ -284,7 +303,7 @@ def preference_gradients(
         if reference is not None:
             memory, frozen = updated_reference(reference, memory, params)
             examples = examples._replace(reference=log_prob_fn(frozen, examples.pairs))
-        log_probs, pull_back = vjp(log_prob_fn, params, examples.pairs)
+        log_probs, pull_back = vjp_apart(log_prob_fn, params, examples.pairs, with_geometry=with_geometry)
         lp = pair_log_probs(log_probs, examples)
         now = objective
         if isinstance(objective, RunningObjective):
@@ -294,12 +313,10 @@ def preference_gradients(
         with losses.memory_needed():
             loss, d = losses.loss_and_coefficients(now, lp)
         metrics = likelihood_metrics(lp, loss, d, scale)
-        if with_geometry:
-            d = ruled(pair_rule, d, pull_back)
-            pair_gradients, s = pull_back(*d)
+        d = ruled(pair_rule, d, pull_back)
+        pair_gradients, s = pull_back(*d)
+        if s is not None:
             metrics |= geometry_metrics(s, d, learning_rate)
-        else:
-            pair_gradients = pull_back(*d)
         return GradientResult(pair_gradients, metrics | {"learning_rate": learning_rate}, loss, memory)
 
     return gradients

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from entangle import geometry, losses
+from entangle import losses
 from entangle.training.gradients import (
     GradientFn,
     GradientResult,
@@ -18,6 +18,7 @@ from entangle.training.gradients import (
     refuse_rule_without_geometry,
     ruled,
     updated_reference,
+    vjp_apart,
 )
 from entangle.training.metrics import geometry_metrics
 from entangle.training.references import Reference
@@ -72,7 +73,6 @@ def row_gradients(
       ('0.6931', '0.0333')
     """
     refuse_rule_without_geometry(pair_rule, with_geometry)
-    vjp: Any = functools.partial(geometry.vjp_with_geometry, apart=True) if with_geometry else geometry.pair_vjp
 
     def gradients(
         params: Params, examples: PreferenceExamples, learning_rate: jax.Array, memory: Any = ()
@@ -86,16 +86,14 @@ def row_gradients(
             parts = jax.tree.map(_weighed_sum, weights, rows_fn(params, frozen, pairs))
             return functools.reduce(jnp.add, [part for part in jax.tree.leaves(parts) if part is not None])
 
-        _, pull_back = vjp(weighed, params, (examples.pairs, weights))
+        _, pull_back = vjp_apart(weighed, params, (examples.pairs, weights), with_geometry=with_geometry)
         ones = jnp.ones_like(loss)
         metrics = {"loss": loss, "learning_rate": learning_rate}
-        if with_geometry:
-            d = ruled(pair_rule, losses.Coefficients(ones, ones), pull_back)
-            pair_gradients, s = pull_back(*d)
+        d = ruled(pair_rule, losses.Coefficients(ones, ones), pull_back)
+        pair_gradients, s = pull_back(*d)
+        if s is not None:
             found = geometry_metrics(s, d, learning_rate)
             metrics |= {f"weighed/{name}": values for name, values in found.items()}
-        else:
-            pair_gradients = pull_back(ones, ones)
         return GradientResult(pair_gradients, metrics, loss, memory)
 
     return gradients

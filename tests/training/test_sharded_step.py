@@ -1,0 +1,81 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from entangle import models, sharding
+from entangle.errors import UserError
+from entangle.paths import named_leaves
+
+PRODUCT = "data=2,fsdp=2,tensor=2"
+
+
+def run_on(*meshes):
+    program = Path(__file__).with_name("step_mesh_program.py")
+    done = subprocess.run([sys.executable, program, *meshes], capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "Involuntary full rematerialization" not in done.stderr
+    assert done.stdout.splitlines() == [f"{name} {mesh} equal" for name in ("full", "lora") for mesh in meshes]
+
+
+def test_a_step_on_eight_devices_is_that_on_one():
+    run_on(PRODUCT)
+
+
+@pytest.mark.slow
+def test_a_step_on_every_mesh_is_that_on_one():
+    run_on("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=4", "data=4,tensor=2", "fsdp=4,tensor=2", PRODUCT)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3_8b", "qwen3_0_6b", "qwen2_5_7b"])
+def test_every_parameter_of_every_family_has_a_place(name):
+    lora = models.LoraConfig(4, 8.0, ("out", "up"))
+    config = models.preset(name)
+    config = type(config)(**{**vars(config), "lora": lora})
+    shapes = jax.eval_shape(models.language_model(config).init, jax.random.key(0))
+    axes = {path: sharding.logical_axes(path, leaf.ndim) for path, leaf in named_leaves(shapes)}
+    assert [path for path, found in axes.items() if found is None] == []
+    large = [path for path, leaf in named_leaves(shapes) if path.endswith(("kernel", "embedding"))]
+    assert all(set(axes[path]) & {"embed", "vocab", "hidden", "heads"} for path in large)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data=2", "mesh: data=2 x fsdp=1 x tensor=1 needs 2 devices, there are 1"),
+        ("model=1", "mesh: no axis is called model: choose from data, fsdp, tensor"),
+        ("data=0", "mesh 'data=0': write sizes of different axes as data=2,fsdp=4, each at least 1"),
+        ("data=1,data=1", "write sizes of different axes"),
+        ("data", "write sizes of different axes"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(text, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        sharding.make_mesh(text)
+
+
+def test_what_a_mesh_does_not_divide_is_refused():
+    devices = jax.devices() * 4
+    mesh = sharding.make_mesh("data=2,fsdp=2", devices)
+    tree = {"layers": {"attention": {"query": {"kernel": jax.ShapeDtypeStruct((3, 4), jnp.float32)}}}}
+    with pytest.raises(
+        UserError,
+        match="tiny: layers/attention/query/kernel: embed of size 3 cannot be divided over fsdp=2 = 2 devices",
+    ):
+        sharding.shardings(tree, mesh, "tiny")
+    with pytest.raises(
+        UserError, match=r"--preference\.batch-size 6: cannot be divided over data=2 x fsdp=2 = 4 devices"
+    ):
+        sharding.check_pairs(mesh, 6, "--preference.batch-size")
+
+
+def test_one_mesh_axis_divides_an_array_once():
+    rules = {**sharding.RULES, "hidden": ("fsdp",)}
+    with pytest.raises(ValueError, match=re.escape("('embed', 'hidden'): mesh axis fsdp would divide two of them")):
+        sharding.spec(("embed", "hidden"), rules)
+    for axes in sharding._LEAVES.values():
+        sharding.spec(("layers", *axes))
