@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from entangle import command_line
 from entangle.errors import UserError
 from entangle.training.run_folder import CONFIG, read_json
-from experiments import command_line
 from experiments.reports import page
 
 REDRAW: Mapping[str, str] = MappingProxyType(

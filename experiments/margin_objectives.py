@@ -18,10 +18,9 @@ import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from entangle import losses
+from entangle import command_line, losses
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, StageConfig
-from experiments import command_line
 from experiments.sweep import Overrides, experiment, launch, product
 from experiments.sweep.experiment import LAPTOP
 from experiments.sweep.settings import SweepConfig

@@ -29,11 +29,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from entangle import losses, models, training
+from entangle import command_line, losses, models, training
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, RunFolder
 from entangle.types import LogProbFn, PairBatch, Params
-from experiments import command_line, figures, one_step_measure
+from experiments import figures, one_step_measure
 from experiments.pairs import pair_runs, stages
 from experiments.pairs.pair_config import NOT_EVALUATED, objective_identity
 from experiments.pairs.sentiment_config import SentimentConfig

@@ -17,9 +17,9 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
+from entangle import command_line
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, StageConfig
-from experiments import command_line
 from experiments.pairs import pair_data, pair_runs, preference_files, references, stages
 from experiments.pairs.pair_config import NOT_EVALUATED, PairConfig
 from experiments.pairs.preference_files import PAIR_SET

@@ -27,10 +27,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from entangle import losses
+from entangle import command_line, losses
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig
-from experiments import command_line
 from experiments.sweep import Overrides, experiment, launch, product, zipped
 from experiments.sweep.experiment import LAPTOP
 from experiments.sweep.settings import SweepConfig

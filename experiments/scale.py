@@ -21,7 +21,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiments import command_line
+from entangle import command_line
 from experiments.sweep import Overrides, experiment, launch, product
 from experiments.sweep.experiment import LAPTOP
 from experiments.sweep.settings import SweepConfig

@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from entangle import models
+from entangle import command_line, models
 from entangle.types import Params
-from experiments import command_line
 from experiments.pairs import pair_runs, stages
 from experiments.pairs.base_models import EXPORT, base_model
 from experiments.pairs.pair_config import NOT_EVALUATED

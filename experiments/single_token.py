@@ -23,11 +23,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from entangle import losses, training
+from entangle import command_line, losses, training
 from entangle.errors import UserError
 from entangle.training import RunFolder
 from entangle.training.run_folder import CONFIG, read_json
-from experiments import command_line, figures
+from experiments import figures
 from experiments.pairs import pair_runs, stages
 from experiments.pairs.pair_config import NOT_EVALUATED, identity
 from experiments.pairs.sentiment_config import SentimentConfig

@@ -25,9 +25,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from entangle import command_line
 from entangle.training import RunFolder
 from entangle.training.run_folder import DONE, read_json
-from experiments import command_line, figures
+from experiments import figures
 from experiments.reports import theory_figures, theory_report
 from experiments.theorems import theory_rows
 from experiments.theorems.theory_config import TheoryConfig, check, identity, presets

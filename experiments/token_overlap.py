@@ -23,8 +23,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from entangle import command_line
 from entangle.training import OptimizerConfig
-from experiments import command_line
 from experiments.sweep import Overrides, experiment, launch
 from experiments.sweep.experiment import LAPTOP
 from experiments.sweep.settings import SweepConfig

@@ -27,11 +27,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from entangle import geometry, losses, models, training
+from entangle import command_line, geometry, losses, models, training
 from entangle.models import LanguageModel
 from entangle.training.gradients import GradientResult
 from entangle.types import PairBatch, Params
-from experiments import command_line
 from experiments.pairs import pair_runs, stages
 from experiments.pairs.pair_config import NOT_EVALUATED
 from experiments.pairs.sentiment_config import TWEETS

@@ -17,6 +17,7 @@ ORDER = (
     "types",
     "errors",
     "extras",
+    "command_line",
     "paths",
     "jaxprs",
     "sharding",

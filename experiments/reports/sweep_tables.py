@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from entangle.command_line import leaves
 from entangle.errors import UserError
 from entangle.training import read_metrics
 from entangle.training.run_folder import read_json
-from experiments.command_line import leaves
 from experiments.reports.run_tables import Curve, curve
 from experiments.sweep import Status, read_trials
 from experiments.sweep.trials import TRIALS

@@ -8,10 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from entangle import models
+from entangle import command_line, models
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, StageConfig
-from experiments import command_line
 from experiments.pairs.pair_config import NOT_EVALUATED
 from experiments.sweep import Overrides, product
 from experiments.sweep.settings import SweepConfig

@@ -7,8 +7,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+from entangle.command_line import leaves
 from entangle.training.run_folder import CONFIG, DONE, read_json, write_text
-from experiments.command_line import leaves
 from experiments.sweep.trials import FAILED, TRIALS, Status, planned, status
 
 FILE = "summary.csv"

@@ -5,8 +5,8 @@ import functools
 import jax
 import pytest
 
-from entangle import models
-from experiments import command_line, sentiment
+from entangle import command_line, models
+from experiments import sentiment
 from experiments.sweep import trial_data
 from experiments.sweep.trial_config import data_fingerprint
 

@@ -7,8 +7,8 @@ import json
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from entangle import training
-from experiments import command_line, margin_objectives
+from entangle import command_line, training
+from experiments import margin_objectives
 from experiments.pairs.pair_config import identity
 from experiments.sweep import launch, plan
 from experiments.sweep.settings import SweepConfig

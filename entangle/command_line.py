@@ -1,4 +1,4 @@
-"""What every experiment's command line shares: presets, and errors that end in one line."""
+"""What every command line shares: presets, and errors that end in one line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parse(presets: Mapping[str, Config], arguments: Sequence[str] | None = None,
 
     Example:
       >>> import dataclasses
-      >>> from experiments.command_line import parse
+      >>> from entangle.command_line import parse
       >>> @dataclasses.dataclass(frozen=True)
       ... class Toy:
       ...     preset: str = "short"
@@ -94,7 +94,7 @@ def refuse_unused(settings: Any, default: Any, names: Sequence[str], why: str) -
 
     Example:
       >>> import dataclasses
-      >>> from experiments.command_line import refuse_unused
+      >>> from entangle.command_line import refuse_unused
       >>> @dataclasses.dataclass(frozen=True)
       ... class Toy:
       ...     batch_size: int = 1
@@ -113,7 +113,7 @@ def leaves(tree: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]]
     """What lies in nested dicts, by dotted name.
 
     Example:
-      >>> from experiments.command_line import leaves
+      >>> from entangle.command_line import leaves
       >>> dict(leaves({"sft": {"steps": 3}, "out": "x"}))
       {'sft.steps': 3, 'out': 'x'}
     """
@@ -136,7 +136,7 @@ def name_files(files: Sequence[Path]) -> None:
 
     Example:
       >>> from pathlib import Path
-      >>> from experiments.command_line import name_files
+      >>> from entangle.command_line import name_files
       >>> name_files([Path("runs/x/report.md")])
       <BLANKLINE>
       wrote:
@@ -149,7 +149,7 @@ def run(main: Callable[[], None]) -> None:
     """Run a program: bad input ends in one line and status 2; a non-finite loss, and machines that fail, in one and status 1.
 
     Example:
-      >>> from experiments.command_line import run
+      >>> from entangle.command_line import run
       >>> run(lambda: None)
     """
     try:
