@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from entangle import extras
-from entangle.errors import MissingExtraError, NonFiniteError, UnfinishedError, UserError
+from entangle import distributed, extras
+from entangle.errors import MissingExtraError, NonFiniteError, PreemptedError, UnfinishedError, UserError
 
 Config = TypeVar("Config")
 
@@ -148,6 +148,9 @@ def name_files(files: Sequence[Path]) -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a program: bad input ends in one line and status 2; a non-finite loss, and machines that fail, in one and status 1.
 
+    Training that SIGTERM stopped ends in status 143, an interrupted one in 130. Of several processes, one whose error is
+    its own does not wait for the others, see ``distributed.leave``.
+
     Example:
       >>> from entangle.command_line import run
       >>> run(lambda: None)
@@ -156,10 +159,13 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (UserError, MissingExtraError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        distributed.leave(2)
     except (NonFiniteError, UnfinishedError) as error:
         print(f"stopped: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        distributed.leave(1)
+    except PreemptedError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        distributed.leave(143)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+        distributed.leave(130)

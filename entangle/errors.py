@@ -16,6 +16,10 @@ class NonFiniteError(FloatingPointError):
     """Training met a NaN or an infinity; the message names the step, the pairs and the last good checkpoint."""
 
 
+class PreemptedError(RuntimeError):
+    """Training was asked to stop (SIGTERM) and saved; the message names the step, and the same command goes on from it."""
+
+
 class UnfinishedError(RuntimeError):
     """Machines failed before the work was over; the message says of how much, and the same command goes on."""
 

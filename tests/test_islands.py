@@ -17,6 +17,7 @@ ORDER = (
     "types",
     "errors",
     "extras",
+    "distributed",
     "command_line",
     "paths",
     "jaxprs",

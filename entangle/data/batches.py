@@ -18,7 +18,7 @@ Batch = TypeVar("Batch")
 
 
 def pair_batches(
-    encoded: EncodedPairs, batch_size: int, seed: int
+    encoded: EncodedPairs, batch_size: int, seed: int, rows: np.ndarray | None = None
 ) -> grain.DatasetIterator[tuple[PairBatch, np.ndarray]]:
     """Iterate for ever over shuffled batches of pairs.
 
@@ -30,9 +30,11 @@ def pair_batches(
       encoded: N pairs.
       batch_size: B.
       seed: seed of the order.
+      rows: of every batch only these, as one of several processes loads them; the order is that of whole batches.
 
     Returns:
-      An infinite iterator of ``(PairBatch, index)``: numpy arrays, index ``[B]`` int32 into the encoded set.
+      An infinite iterator of ``(PairBatch, index)``: numpy arrays, index ``[B]`` (or as many as rows) int32 into the
+      encoded set.
 
     Raises:
       UserError: the set is smaller than a batch.
@@ -45,11 +47,11 @@ def pair_batches(
       >>> bool((next(batches)[1] == second).all())
       True
     """
-    return _shuffled(len(encoded.tokens), batch_size, seed, "pairs", lambda index: _take(encoded, index))
+    return _shuffled(len(encoded.tokens), batch_size, seed, rows, "pairs", lambda index: _take(encoded, index))
 
 
 def text_batches(
-    token_ids: np.ndarray, batch_size: int, length: int, seed: int
+    token_ids: np.ndarray, batch_size: int, length: int, seed: int, rows: np.ndarray | None = None
 ) -> grain.DatasetIterator[tuple[np.ndarray, np.ndarray]]:
     """Iterate for ever over shuffled batches of packed language-model windows, as `pair_batches` does over pairs.
 
@@ -59,6 +61,7 @@ def text_batches(
       batch_size: B.
       length: number of tokens of a window.
       seed: seed of the order.
+      rows: as in ``pair_batches``.
 
     Returns:
       An infinite iterator of ``(tokens, index)``: ``[B, length]`` int32 and the windows' numbers, ``[B]`` int32.
@@ -73,7 +76,7 @@ def text_batches(
     """
     count = len(token_ids) // length
     windows = token_ids[: count * length].reshape(count, length)
-    return _shuffled(count, batch_size, seed, f"windows of {length} tokens", lambda index: windows[index])
+    return _shuffled(count, batch_size, seed, rows, f"windows of {length} tokens", lambda index: windows[index])
 
 
 def encode_text(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
@@ -97,13 +100,15 @@ def encode_text(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
 
 
 def _shuffled(
-    count: int, batch_size: int, seed: int, what: str, take: Callable[[np.ndarray], Batch]
+    count: int, batch_size: int, seed: int, rows: np.ndarray | None, what: str, take: Callable[[np.ndarray], Batch]
 ) -> grain.DatasetIterator[tuple[Batch, np.ndarray]]:
     if not 0 < batch_size <= count:
         raise UserError(f"batch size {batch_size}: it must be at least 1 and at most the {count} {what} there are")
     # shuffle(seed) would reuse an epoch's order: grain adds the epoch to that seed, so that seed 0 in its second epoch
     # would be seed 1 in its first. seed(seed) hashes it before.
     indices = grain.MapDataset.range(count).seed(seed).shuffle().batch(batch_size, drop_remainder=True).repeat()
+    if rows is not None:
+        indices = indices.map(lambda index: index[rows])
     batches = indices.map(lambda index: (take(index := index.astype(np.int32)), index))
     # no read-ahead threads: a batch is one gather from memory
     iterator: Any = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))

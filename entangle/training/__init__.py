@@ -5,6 +5,7 @@ from entangle import extras
 extras.require("train", "flax", "orbax", "wandb", "tqdm", "numpy", "safetensors")
 
 from entangle.training import trials
+from entangle.training.checkpoints import final_params
 from entangle.training.evaluation import pair_diagnostics, score_pairs
 from entangle.training.gradients import (
     PreferenceExamples,
@@ -14,7 +15,7 @@ from entangle.training.gradients import (
     preference_memory,
     reward_scale,
 )
-from entangle.training.loop import final_params, train, train_trials
+from entangle.training.loop import train, train_trials
 from entangle.training.metrics import means
 from entangle.training.optimizers import OPTIMIZERS, OptimizerConfig
 from entangle.training.pair_chains import PairChain, pair_chain, pair_chains
@@ -29,7 +30,7 @@ from entangle.training.row_objectives import masked_rows, row_gradients
 from entangle.training.run_folder import RunFolder, read_json, read_metrics, write_json
 from entangle.training.stage import StageConfig
 from entangle.training.step import TrainState, init_state, make_step
-from entangle.training.streams import Batches, MappedBatches
+from entangle.training.streams import Batches, MappedBatches, global_rows, process_rows
 from entangle.training.tracking import NoTracker, Tracker, WandbTracker
 from entangle.training.trials import AXIS as TRIAL_AXIS
 from entangle.training.trials import map_trials, trial_mesh
@@ -55,6 +56,7 @@ __all__ = [
     "check_reference",
     "final_params",
     "frozen_copy",
+    "global_rows",
     "init_state",
     "likelihood_gradients",
     "make_step",
@@ -67,6 +69,7 @@ __all__ = [
     "pair_diagnostics",
     "preference_gradients",
     "preference_memory",
+    "process_rows",
     "read_json",
     "read_metrics",
     "reference_fingerprint",

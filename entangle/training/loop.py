@@ -8,7 +8,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,15 +16,16 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 from tqdm import tqdm
 
-from entangle.errors import NonFiniteError, UserError
+from entangle import distributed
+from entangle.errors import NonFiniteError, PreemptedError, UserError
 from entangle.training import trials
 from entangle.training.checkpoints import Checkpoints
+from entangle.training.preemption import Preemption
 from entangle.training.run_folder import RunFolder
 from entangle.training.stage import StageConfig
 from entangle.training.step import StepFn, StepResult, TrainState
 from entangle.training.streams import Batches
 from entangle.training.tracking import NoTracker, Tracker
-from entangle.types import Params
 
 
 class _Layout(NamedTuple):
@@ -67,6 +67,8 @@ class _Run:
         )
 
     def mark_done(self, steps: int) -> None:
+        if not distributed.is_writer():
+            return
         evaluations = [r for r in self.folder.metrics() if "loss" not in r]
         summary = {"step": steps, "metrics": self.last or _last_metrics(self.folder)}
         if evaluations:
@@ -92,6 +94,8 @@ def _refuse_not_finite(
     if not bad:
         return metrics
     rows = np.flatnonzero(~np.isfinite(np.asarray(found.losses)))
+    # of the whole batch; processes that hold the same rows name them twice
+    index = np.asarray(list(dict.fromkeys(i for part in distributed.gathered(index.tolist()) for i in part)))
     culprits = ", ".join(f"{i} ({sources[i]})" if sources else str(i) for i in (index[rows] if rows.size else index))
     whose = "examples" if rows.size else "no single loss is to blame; examples of the batch:"
     raise NonFiniteError(f"step {step}: {' and '.join(bad)} not finite; {whose} {culprits}; {run.last_good()}")
@@ -108,7 +112,7 @@ class _Recorder:
     def flush(self) -> None:
         jax.block_until_ready([p.result for p in self.pending])
         seconds = (time.perf_counter() - self.since) / max(1, len(self.pending))
-        pending = [p._replace(result=jax.device_get(p.result)) for p in self.pending]
+        pending = [p._replace(result=distributed.to_host(p.result)) for p in self.pending]
         self.pending = []
         for place, run in self.alive():
             records: list[dict[str, Any]] = []
@@ -123,7 +127,7 @@ class _Recorder:
         self.since = time.perf_counter()
 
     def evaluation(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        every = jax.device_get(dict(metrics))
+        every = distributed.to_host(dict(metrics))
         for place, run in self.alive():
             with self.stopping(run):
                 found = _scalars(self.layout.part(every, place))
@@ -168,7 +172,11 @@ def train(
     """Train to the last step, from the latest checkpoint of the run folder if it has one.
 
     Killed at any moment and started again, the run goes on as if it had never stopped: on one machine the parameters
-    and metrics are bitwise the same.
+    and metrics are bitwise the same. SIGTERM, with which clusters announce that they take a machine away, ends it at the
+    next step with a checkpoint.
+
+    Of several processes (see ``distributed.initialize``) all call this with the same run; their states and batches are
+    global arrays (``sharding.born_sharded``, ``global_rows``).
 
     Args:
       run: the run folder.
@@ -189,6 +197,7 @@ def train(
         another number of steps.
       NonFiniteError: a loss, an update or an evaluation is not finite; the step, the examples and the last good
         checkpoint are named.
+      PreemptedError: SIGTERM came.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, numpy as np
@@ -291,10 +300,11 @@ def _train(
             stack.enter_context(folder.locked())
             checkpoints = Checkpoints(folder.path / "checkpoints")
             stack.callback(checkpoints.close)
-            if folder.done:
+            checkpoints.tidy()
+            if distributed.from_writer(lambda folder=folder: folder.done):  # type: ignore[misc]
                 ends[place] = _end_of_done(folder, checkpoints, states[place], stage)
                 continue
-            tracker = trackers[place]()
+            tracker = trackers[place]() if distributed.is_writer() else NoTracker()
             stack.callback(tracker.close)
             run = runs[place] = _Run(folder, checkpoints, tracker, batches[place])
             if checkpoints.latest is not None:
@@ -347,7 +357,11 @@ def _steps(
 
     if start == 0:
         look(0)
-    with tqdm(total=stage.steps, initial=start, desc=label, dynamic_ncols=True, mininterval=0.5) as bar:
+    silent = not distributed.is_writer()
+    with (
+        Preemption() as preemption,
+        tqdm(total=stage.steps, initial=start, desc=label, dynamic_ncols=True, mininterval=0.5, disable=silent) as bar,
+    ):
         for step in range(start + 1, stage.steps + 1):
             batches, index = zip(*(next(run.batches) for run in recorder.runs), strict=True)
             state, result = step_fn(state, recorder.layout.join(batches))
@@ -361,26 +375,15 @@ def _steps(
             bar.update()
             if not recorder.alive():
                 break
+            if preemption.reached(step):
+                recorder.flush()
+                recorder.save(step, state)
+                raise PreemptedError(
+                    f"SIGTERM: saved at step {step} of {stage.steps}; the same command goes on from there"
+                )
     return state
 
 
 def _last_metrics(run: RunFolder) -> dict[str, float]:
     records = [r for r in run.metrics() if "loss" in r]
     return {k: v for k, v in records[-1].items() if k not in ("step", "seconds")} if records else {}
-
-
-def final_params(folder: Path, like: TrainState) -> Params:
-    """Parameters of a run's latest checkpoint.
-
-    Args:
-      folder: the run folder.
-      like: a state (arrays or shapes) of the same structure.
-
-    Raises:
-      UserError: there is no checkpoint, or it does not fit.
-    """
-    checkpoints = Checkpoints(folder / "checkpoints")
-    try:
-        return checkpoints.restore(like)[0].params
-    finally:
-        checkpoints.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -15,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from entangle import distributed
 from entangle.errors import UserError
 
 CONFIG, ENVIRONMENT, METRICS, DONE = "config.json", "environment.json", "metrics.jsonl", "done.json"
@@ -24,8 +26,38 @@ BEFORE_CONFIG, PARTIAL = (ENVIRONMENT, LOCK), ".partial"
 PACKAGES = ("entangle", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers", "grain")
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of the operating system that say that there is no room to write in: a full disk, a quota."""
+
+
+@contextlib.contextmanager
+def refusing_full_disk(path: Path) -> Iterator[None]:
+    """A full disk ends in one line that names what could not be written.
+
+    Raises:
+      UserError: the disk is full.
+
+    Example:
+      >>> from pathlib import Path
+      >>> from entangle.training.run_folder import refusing_full_disk
+      >>> with refusing_full_disk(Path("runs/x/config.json")):
+      ...     raise OSError(errno.ENOSPC, "No space left on device")
+      Traceback (most recent call last):
+      entangle.errors.UserError: runs/x/config.json: cannot be written: No space left on device
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text so that the file is either the old one or the whole new one, also when the process is killed.
+
+    Raises:
+      UserError: the disk is full; the old file is as it was.
 
     Example:
       >>> import tempfile, pathlib
@@ -37,11 +69,14 @@ def write_text(path: Path, text: str) -> None:
     """
     # a name of its own: two processes may write one file at once
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with refusing_full_disk(path), partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -101,6 +136,8 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 class RunFolder:
     """One run on disk. Opening a folder that holds another configuration's run is refused; nothing is overwritten.
 
+    Of several processes all open it and take its lock; process 0 alone writes, and what it refuses ends all.
+
     Attributes:
       path: the folder.
 
@@ -124,7 +161,9 @@ class RunFolder:
           UserError: the path is a file or cannot be made, holds other files, or holds another configuration's run.
         """
         self.path, self._locked = Path(path), False
-        config = json.loads(json.dumps(config))
+        distributed.from_writer(lambda: self._open(json.loads(json.dumps(config))))
+
+    def _open(self, config: Mapping[str, Any]) -> None:
         check_folder(self.path, config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -149,11 +188,19 @@ class RunFolder:
 
     def mark_done(self, summary: Mapping[str, Any]) -> None:
         """Write the done-marker with a summary, for example the last step and its metrics."""
-        write_json(self.path / DONE, dict(summary))
+        if distributed.is_writer():
+            write_json(self.path / DONE, dict(summary))
 
     def append(self, records: list[dict[str, Any]]) -> None:
-        """Append records to metrics.jsonl, one a line, and flush them to the disk."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+        """Append records to metrics.jsonl, one a line, and flush them to the disk.
+
+        Raises:
+          UserError: the disk is full.
+        """
+        if not distributed.is_writer():
+            return
+        path = self.path / METRICS
+        with refusing_full_disk(path), path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
@@ -174,23 +221,27 @@ class RunFolder:
         if self._locked:
             yield
             return
-        with (self.path / LOCK).open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{self.path}: another process is training in this folder") from None
+        with contextlib.ExitStack() as stack:
+            distributed.from_writer(lambda: self._lock(stack))
             self._locked = True
             try:
                 yield
             finally:
                 self._locked = False
 
+    def _lock(self, stack: contextlib.ExitStack) -> None:
+        file = stack.enter_context((self.path / LOCK).open("a"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path}: another process is training in this folder") from None
+
     def rewind(self, step: int) -> None:
         """Drop the records after a step, as a resumed run writes them again."""
+        if not distributed.is_writer():
+            return
         kept = [record for record in self.metrics() if record["step"] <= step]
-        partial = self.path / f"{METRICS}.partial"
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        partial.replace(self.path / METRICS)
+        write_text(self.path / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 @contextlib.contextmanager

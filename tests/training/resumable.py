@@ -21,6 +21,11 @@ def log_probs(params, batch):
     return jnp.sum(jnp.where(batch.completion_mask[..., 1:], taken, 0.0), -1)
 
 
+def start(width=6):
+    keys = jax.random.split(jax.random.key(1))
+    return {"embed": jax.random.normal(keys[0], (11, width)), "head": 0.3 * jax.random.normal(keys[1], (width, 11))}
+
+
 def encoded():
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 11, (30, 2, 9)).astype(np.int32)
@@ -35,8 +40,6 @@ def main(folder, seconds=0.0, tracker=training.NoTracker, poison=None, stop_at=N
     gradients = training.preference_gradients(log_probs, dpo)
     schedule = stage.optimizer.schedule(stage.steps)
     jitted = jax.jit(training.make_step(gradients, tx, schedule, log_probs))
-    keys = jax.random.split(jax.random.key(1))
-    params = {"embed": jax.random.normal(keys[0], (11, 6)), "head": 0.3 * jax.random.normal(keys[1], (6, 11))}
     pairs = encoded()
     reference = np.zeros((30, 2), np.float32)
     if poison is not None:
@@ -55,7 +58,7 @@ def main(folder, seconds=0.0, tracker=training.NoTracker, poison=None, stop_at=N
         return {"eval/margin": jnp.mean(log_probs(state.params, probe))}
 
     run = training.RunFolder(folder, {"seed": 3})
-    state = training.init_state(params, tx)
+    state = training.init_state(start(), tx)
     return training.train(run, state, step, batches, stage, evaluate=evaluate, tracker=tracker, sources=pairs.sources)
 
 
