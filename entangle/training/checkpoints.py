@@ -27,6 +27,7 @@ from entangle.types import Params
 T = TypeVar("T")
 
 _SHOWN = 3
+_OWN_FILES = 2**20  # bytes beside the arrays: names, shapes, shardings, the data position; 0.1 MB for fourteen arrays
 
 
 class Checkpoints:
@@ -73,9 +74,8 @@ class Checkpoints:
         """
         if step == self.latest:
             return
-        if distributed.several():
-            # a process that failed in the middle of a save would leave the others waiting for it
-            distributed.from_writer(lambda: self._refuse_full(step, state))
+        # asked before: one of several processes that failed in the middle of a save would leave the others waiting for it
+        distributed.from_writer(lambda: self._refuse_full(step, state))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position)))
         try:
             self._manager.save(step, args=args)
@@ -86,7 +86,7 @@ class Checkpoints:
             raise self._not_saved(step, os.strerror(code)) from error
 
     def _refuse_full(self, step: int, state: Any) -> None:
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        needed = _OWN_FILES + sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise self._not_saved(step, f"it needs {needed:,} bytes, {free:,} are free")

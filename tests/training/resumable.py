@@ -1,5 +1,7 @@
 """A small training run as a program, for the tests that kill it: ``python resumable.py FOLDER STEPS [SECONDS A STEP]``."""
 
+import os
+import signal
 import sys
 import time
 
@@ -33,8 +35,8 @@ def encoded():
     return data.EncodedPairs(tokens, mask, [f"pair:{i}" for i in range(len(tokens))])
 
 
-def main(folder, seconds=0.0, tracker=training.NoTracker, poison=None, stop_at=None):
-    """Train; slow every step down; make one pair's reference log-probability NaN; raise instead of making a step."""
+def main(folder, seconds=0.0, tracker=training.NoTracker, poison=None, stop_at=None, signal_at=None):
+    """Train; slow every step down; make one pair's reference log-probability NaN; raise, or get SIGTERM, before a step."""
     stage = training.StageConfig(STEPS, 4, training.OptimizerConfig(learning_rate=0.02), 6, 5, 3)
     tx = stage.optimizer.build(stage.steps, transforms.combine_pair(transforms.margin()))
     gradients = training.preference_gradients(log_probs, dpo)
@@ -52,6 +54,8 @@ def main(folder, seconds=0.0, tracker=training.NoTracker, poison=None, stop_at=N
         time.sleep(seconds)
         if int(state.step) + 1 == stop_at:
             raise KeyboardInterrupt
+        if int(state.step) + 1 == signal_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         return jitted(state, batch, probe)
 
     def evaluate(state):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from entangle import training
-from entangle.errors import NonFiniteError, UserError
+from entangle.errors import NonFiniteError, PreemptedError, UserError
 from entangle.training.checkpoints import Checkpoints
 from entangle.training.step import StepResult
 from tests.training import resumable
@@ -55,6 +55,22 @@ def test_stopped_and_started_again_it_is_bitwise_equal(stop_at, whole, tmp_path)
     state = resumable.main(folder)
     assert records(folder) == records(whole[0])
     assert same(state, whole[1])
+
+
+@pytest.mark.parametrize("at", [7, 24])  # after the last step nothing but the done-marker is missing
+def test_sigterm_saves_and_started_again_it_is_bitwise_equal(at, whole, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(
+        PreemptedError, match=rf"SIGTERM: saved at step {at} of 24; the same command goes on from there"
+    ):
+        resumable.main(folder, signal_at=at)
+    assert Checkpoints(folder / "checkpoints").latest == at
+    assert not (folder / "done.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    state = resumable.main(folder)
+    assert records(folder) == records(whole[0])
+    assert same(state, whole[1])
+    assert (folder / "done.json").exists()
 
 
 def lines(folder):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -94,3 +95,20 @@ def test_environment_has_versions_and_no_secrets(tmp_path, monkeypatch):
     text = (tmp_path / "run" / "environment.json").read_text()
     assert "s3cr3t" not in text
     assert {"jax", "optax"} <= set(json.loads(text)[0]["packages"])
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run", CONFIG)
+    (run.path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError) as error:
+        run.append([{"step": 1}])
+    assert str(error.value) == f"{run.path / 'metrics.jsonl'}: cannot be written: No space left on device"
+    before = {path.name: path.read_bytes() for path in run.path.glob("*.json")}
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"config\.json: cannot be written: No space left on device"):
+        write_text(run.path / "config.json", "half")
+    assert {path.name: path.read_bytes() for path in run.path.glob("*.json*") if path.name != "metrics.jsonl"} == before
