@@ -28,6 +28,7 @@ ORDER = (
     "geometry",
     "transforms",
     "training",
+    "plan",
 )
 EXPERIMENTS = Path(experiments.__file__).parent
 WALLS = {"pairs": set(), "theorems": set(), "sweep": {"pairs"}, "reports": {"sweep", "theorems"}}
