@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from entangle import distributed
 from entangle.errors import NonFiniteError, UserError
 from entangle.types import Params
 
@@ -126,7 +127,8 @@ def reference_log_probs(
 ) -> dict[str, np.ndarray]:
     """The reference's log-probabilities: out of the file where there is one, else computed and written to it.
 
-    Where two processes compute at once, the first to be done writes the file and both return what is in it.
+    Where two programs compute at once, the first to be done writes the file and both return what is in it. Of the processes
+    of one program all compute, process 0 writes and all read.
 
     Args:
       path: the file, in the safetensors format; made with its folder.
@@ -162,10 +164,17 @@ def reference_log_probs(
     path = Path(path)
     if fingerprint.model is None:
         raise ValueError("log-probabilities come from a model: the fingerprint has none")
-    if not os.path.lexists(path):
+    if not distributed.from_writer(lambda: _is_there(path)):
+        arrays = _computed(path, counts, compute())
+        distributed.from_writer(lambda: _write(path, fingerprint, arrays))
+    return distributed.together(lambda: _read(path, fingerprint, counts))
+
+
+def _is_there(path: Path) -> bool:
+    there = os.path.lexists(path)
+    if not there:
         _check_place(path)
-        _write(path, fingerprint, _computed(path, counts, compute()))
-    return _read(path, fingerprint, counts)
+    return there
 
 
 def _as_bytes(text: str) -> np.ndarray:

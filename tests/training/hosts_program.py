@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import resumable
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from entangle import command_line, data, distributed, sharding, training, transforms
 from entangle.losses import dpo
@@ -23,12 +21,10 @@ STAGE = training.StageConfig(10, 4, training.OptimizerConfig(learning_rate=0.02)
 def main(folder, devices, seconds="0", width="6"):
     jax.config.update("jax_num_cpu_devices", int(devices))
     distributed.initialize(heartbeat_seconds=10)
-    mesh = sharding.make_mesh({"data": jax.device_count()})
-    everywhere = NamedSharding(mesh, P())
+    mesh = sharding.make_mesh({"fsdp": jax.device_count()})  # every process holds a part of the parameters alone
     tx = STAGE.optimizer.build(STAGE.steps, transforms.combine_pair(transforms.margin()))
     gradients = training.preference_gradients(resumable.log_probs, dpo, with_geometry=False)
     step = training.make_step(gradients, tx, STAGE.optimizer.schedule(STAGE.steps))
-    jitted = jax.jit(step, out_shardings=(everywhere, None))
     pairs = resumable.encoded()
     stream = data.pair_batches(pairs, STAGE.batch_size, 3, training.process_rows(mesh, STAGE.batch_size))
     reference = np.zeros((len(pairs.tokens), 2), np.float32)
@@ -41,16 +37,19 @@ def main(folder, devices, seconds="0", width="6"):
         held_out = PairBatch(pairs.tokens[:5], pairs.completion_mask[:5])
         return {"eval/margin": jnp.mean(resumable.log_probs(state.params, jax.tree.map(jnp.asarray, held_out)))}
 
+    def begin():
+        return training.init_state(resumable.start(int(width)), tx)
+
+    state = sharding.born_sharded(begin, mesh)
+    jitted = jax.jit(step, out_shardings=(sharding.shardings(state, mesh), None))
+
     def slowly(state, batch):
         time.sleep(float(seconds))
         return jitted(state, batch)
 
-    def begin():
-        return training.init_state(resumable.start(int(width)), tx)
-
     training.train(
         training.RunFolder(folder, {"seed": 3}),
-        jax.jit(begin, out_shardings=everywhere)(),
+        state,
         slowly,
         training.MappedBatches(stream, joined),
         STAGE,

@@ -17,7 +17,7 @@ STEPS = 24
 
 
 def log_probs(params, batch):
-    logits = jnp.tanh(params["embed"][batch.tokens]) @ params["head"]
+    logits = jnp.tanh(params["token_embedding"][batch.tokens]) @ params["head"]
     rows = jax.nn.log_softmax(logits[..., :-1, :])
     taken = jnp.take_along_axis(rows, batch.tokens[..., 1:, None], -1)[..., 0]
     return jnp.sum(jnp.where(batch.completion_mask[..., 1:], taken, 0.0), -1)
@@ -25,7 +25,10 @@ def log_probs(params, batch):
 
 def start(width=6):
     keys = jax.random.split(jax.random.key(1))
-    return {"embed": jax.random.normal(keys[0], (11, width)), "head": 0.3 * jax.random.normal(keys[1], (width, 11))}
+    return {
+        "token_embedding": jax.random.normal(keys[0], (11, width)),
+        "head": 0.3 * jax.random.normal(keys[1], (width, 11)),
+    }
 
 
 def encoded():
