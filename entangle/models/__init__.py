@@ -15,6 +15,7 @@ from entangle.models.frozen import is_adapter, join_params, on_frozen, split_par
 from entangle.models.huggingface import load_pretrained, save_pretrained
 from entangle.models.language_model import LanguageModel, language_model
 from entangle.models.lora import LORA_PRESETS, LoraConfig
+from entangle.models.peft import load_adapters, merge_adapters, save_adapters
 from entangle.models.presets import PRESETS, VOCABULARIES, preset
 from entangle.models.token_statistics import token_statistics
 
@@ -32,10 +33,13 @@ __all__ = [
     "join_params",
     "language_model",
     "layer_of",
+    "load_adapters",
     "load_pretrained",
     "log_prob_function",
+    "merge_adapters",
     "on_frozen",
     "preset",
+    "save_adapters",
     "save_pretrained",
     "split_params",
     "token_statistics",

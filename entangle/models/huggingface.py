@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 
 from entangle.errors import UserError
 from entangle.models.config import DecoderConfig
 from entangle.models.families import FAMILIES, Family
 from entangle.models.huggingface_config import config_json, family_of, read_config
 from entangle.models.language_model import language_model
-from entangle.models.weights import Read, Weights, refuse, weight_files, write_weights
+from entangle.models.weights import Read, Weights, refuse, refuse_existing, weight_files, write_weights, written_whole
 from entangle.paths import named_leaves
 from entangle.types import Params
 
@@ -106,24 +102,16 @@ def save_pretrained(
     family, attributes = FAMILIES[family_of(config)], config_json(config)
     expected = _expected(config)
     _check_params(folder, expected, params)
-    if folder.exists():
-        raise UserError(f"{folder}: already exists; nothing was written")
+    refuse_existing(folder)
     given = dict(named_leaves(params))
     tensors = [
         (name, 4 * math.prod(source.shape), make)
         for path, source in _sources(config, family, expected).items()
         for name, make in source.tensors(given[path], family.prefix)
     ]
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
-    try:
-        partial.mkdir(parents=True)
+    with written_whole(folder) as partial:
         (partial / "config.json").write_text(json.dumps(attributes, indent=2) + "\n", encoding="utf-8")
         write_weights(partial, tensors, file_bytes)
-        os.rename(partial, folder)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 class _Source(NamedTuple):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -190,6 +193,34 @@ def write_weights(folder: Path, tensors: Sequence[tuple[str, int, Callable[[], n
             "weight_map": where,
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise a UserError where a folder, or anything else, is there already."""
+    if folder.exists():
+        raise UserError(f"{folder}: already exists; nothing was written")
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into that appears under its name when all is written, or not at all.
+
+    Args:
+      folder: must not exist.
+
+    Raises:
+      UserError: it exists, or cannot be written.
+    """
+    refuse_existing(folder)
+    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.rename(partial, folder)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}: cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def refuse(path: Path, what: str, names: Sequence[str]) -> None:

@@ -1,0 +1,1 @@
+"""What scripts/launch_tpu and scripts/launch_slurm are made of; the standard library alone."""
