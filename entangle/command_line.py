@@ -128,7 +128,8 @@ def say_where(out: Path) -> None:
     """Print the devices and the output folder, as an experiment begins."""
     import jax
 
-    print(f"devices: {', '.join(d.device_kind for d in jax.devices())}; output: {out}")
+    if distributed.is_writer():
+        print(f"devices: {', '.join(d.device_kind for d in jax.devices())}; output: {out}")
 
 
 def name_files(files: Sequence[Path]) -> None:
@@ -142,7 +143,8 @@ def name_files(files: Sequence[Path]) -> None:
       wrote:
         runs/x/report.md
     """
-    print("\n".join(["", "wrote:", *(f"  {file}" for file in files)]))
+    if distributed.is_writer():
+        print("\n".join(["", "wrote:", *(f"  {file}" for file in files)]))
 
 
 def run(main: Callable[[], None]) -> None:

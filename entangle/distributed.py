@@ -179,6 +179,25 @@ def from_writer(make: Callable[[], T]) -> T:
     return gathered(together(lambda: make() if is_writer() else None))[0]  # type: ignore[return-value]
 
 
+def writer_first(make: Callable[[], T]) -> T:
+    """Call a function on process 0, then on the others, which find what it prepared on a disk that they share.
+
+    Args:
+      make: of this process.
+
+    Raises:
+      UserError: see :func:`together`.
+
+    Example:
+      >>> from entangle import distributed
+      >>> distributed.writer_first(lambda: 3)
+      3
+    """
+    first = together(lambda: make() if is_writer() else None)
+    others = together(lambda: None if is_writer() else make())
+    return first if is_writer() else others  # type: ignore[return-value]
+
+
 def to_host(tree: T) -> T:
     """Arrays as whole NumPy arrays on every process, also those of which a process holds only a part; called by all.
 

@@ -17,10 +17,10 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-from entangle import command_line
+from entangle import command_line, distributed, sharding
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, StageConfig
-from experiments.pairs import pair_data, pair_runs, preference_files, references, stages
+from experiments.pairs import pair_data, pair_runs, placement, preference_files, references, stages
 from experiments.pairs.pair_config import NOT_EVALUATED, PairConfig
 from experiments.pairs.preference_files import PAIR_SET
 
@@ -36,6 +36,8 @@ class PreferencesConfig(PairConfig):
       held_out: a second file to evaluate on; without it every eighth prompt of --data is held out.
       model: local Hugging Face checkpoint folder with its tokenizer.
       sft_first: whether SFT on the chosen completions comes before; else the checkpoint itself is start and reference.
+      mesh: how the devices are laid out, sizes of data, fsdp and tensor such as data=2,fsdp=4; by default one device is
+        used, and by several processes all, with fsdp. A run may go on on another one.
     """
 
     out: Path = Path("runs/preferences")
@@ -49,6 +51,7 @@ class PreferencesConfig(PairConfig):
         500, 16, OptimizerConfig(learning_rate=5e-6), eval_every=50, checkpoint_every=50
     )
     sft_first: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
+    mesh: str = ""
 
 
 class Materials(NamedTuple):
@@ -121,16 +124,21 @@ def run(settings: PreferencesConfig) -> list[Path]:
       UserError: bad input; nothing has been overwritten.
       NonFiniteError: see ``training.train``.
     """
-    checkpoint, pairs, lines = gather(settings)
+    where = placement.place(settings.mesh)
+    if where.mesh is not None:
+        for stage in ("sft", "preference") if settings.sft_first else ("preference",):
+            sharding.check_pairs(where.mesh, getattr(settings, stage).batch_size, f"--{stage}.batch-size")
+    checkpoint, pairs, lines = distributed.writer_first(lambda: gather(settings))
     experiment = pair_runs.open_folder(settings, PAIR_SET, {PAIR_SET: pairs}, {PAIR_SET: lines})
     tracker = pair_runs.trackers(settings)
-    pair_runs.run_all(settings, checkpoint, {PAIR_SET: pairs}, tracker, sft_first=settings.sft_first)
+    pair_runs.run_all(settings, checkpoint, {PAIR_SET: pairs}, tracker, sft_first=settings.sft_first, place=where)
     return pair_runs.write_up(experiment)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: ``python -m experiments.preferences --help``."""
     settings = command_line.parse(presets(), arguments, description=(__doc__ or "").split("\n")[0])
+    distributed.initialize()
     command_line.say_where(settings.out)
     if not settings.sft_first:
         command_line.refuse_unused(settings, presets()[settings.preset], ("sft",), "--no-sft-first leaves SFT out")

@@ -88,7 +88,7 @@ def identity(settings: PairSettings) -> dict[str, Any]:
       >>> sorted(set(vars(PairConfig())) - set(identity(PairConfig())))
       ['data_dir', 'out', 'reference_cache', 'track']
     """
-    left_out = ("out", "reference_cache", "data_dir", "track")
+    left_out = ("out", "reference_cache", "data_dir", "track", "mesh")
     return {k: v for k, v in dataclasses.asdict(settings).items() if k not in left_out} | objective_identity(settings)
 
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from entangle import losses, training
+from entangle import distributed, losses, training
 from entangle.training import RunFolder
 from entangle.types import Params
 from experiments import figures
 from experiments.pairs import references, stages
 from experiments.pairs.pair_config import PairConfig, identity, objective_identity
 from experiments.pairs.pair_data import Checkpoint
+from experiments.pairs.placement import FIRST_DEVICE, Placement
 
 AfterRun = Callable[[Path, stages.PreferenceData, Params, Params], None]
 """Called once a set, for seed 0: the set's folder, its pairs, the parameters before and after preference optimisation."""
@@ -42,7 +43,7 @@ def open_folder(
     """
     digests = {name: stages.digest(*both.train[:2], *both.held_out[:2]) for name, both in pairs.items()}
     experiment = RunFolder(settings.out, {"kind": kind, **identity(settings), "pairs": digests})
-    if not (settings.out / "pairs.json").exists():
+    if distributed.is_writer() and not (settings.out / "pairs.json").exists():
         training.write_json(settings.out / "pairs.json", reports)
     say(reports)
     return experiment
@@ -57,7 +58,7 @@ def say(reports: Mapping[str, Mapping[str, list[str]]]) -> None:
       tweets, train: 60 of 64 pairs encoded
         too long: 4
     """
-    for name, splits in reports.items():
+    for name, splits in reports.items() if distributed.is_writer() else ():
         for split, lines in splits.items():
             print(f"{name}, {split}: " + "\n".join(lines), flush=True)
 
@@ -86,6 +87,7 @@ def run_all(
     after: AfterRun | None = None,
     *,
     sft_first: bool = True,
+    place: Placement = FIRST_DEVICE,
 ) -> None:
     """Run or continue SFT and preference optimisation for every set and seed.
 
@@ -96,12 +98,13 @@ def run_all(
       tracker: makes the mirror of a run.
       after: what else is to be made from the models of seed 0.
       sft_first: SFT before; without it ``base`` itself is start and reference of preference optimisation.
+      place: where everything lies.
 
     Raises:
       UserError: a folder holds another run, or the reference cache another reference's log-probabilities.
       NonFiniteError: see ``training.train``.
     """
-    sft = stages.likelihood_program(base.model, settings.sft)
+    sft = stages.likelihood_program(base.model, settings.sft, place)
     objective = losses.get_objective(settings.objective, **settings.objective_args)
     preference = stages.preference_program(
         base.model,
@@ -110,6 +113,7 @@ def run_all(
         training.pair_chain(settings.pair_chain, **settings.pair_chain_args),
         changes=settings.changes,
         eval_batch=settings.eval_batch,
+        place=place,
     )
     for pair_set, both in pairs.items():
         for seed in range(settings.seeds):
@@ -135,7 +139,7 @@ def run_all(
 
 
 def write_up(experiment: RunFolder) -> list[Path]:
-    """Draw the figures, write the report, mark the experiment as done.
+    """Draw the figures, write the report, mark the experiment as done; of several processes, process 0 alone.
 
     Args:
       experiment: its folder, all runs finished.
@@ -143,7 +147,11 @@ def write_up(experiment: RunFolder) -> list[Path]:
     Returns:
       The files that a reader wants: figures and report, see ``figures.redraw``.
     """
-    files = figures.redraw(experiment.path)
-    if not experiment.done:
-        experiment.mark_done({"files": [str(f.relative_to(experiment.path)) for f in files]})
-    return files
+
+    def write() -> list[str]:
+        files = figures.redraw(experiment.path)
+        if not experiment.done:
+            experiment.mark_done({"files": [str(f.relative_to(experiment.path)) for f in files]})
+        return [str(file) for file in files]
+
+    return [Path(file) for file in distributed.from_writer(write)]

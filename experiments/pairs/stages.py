@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from entangle import data, models, training
+from entangle import data, distributed, models, training
 from entangle.losses import Objective
 from entangle.models import LanguageModel
 from entangle.training import PairChain, PreferenceExamples, RunFolder, StageConfig, TokenBatch, TrainState
 from entangle.training.gradients import GradientFn
 from entangle.types import LogProbFn, PairBatch, Params
+from experiments.pairs.placement import FIRST_DEVICE, Placement
 
 TrackerFactory = Callable[[Path, Mapping[str, Any]], training.Tracker]
 
@@ -35,12 +36,18 @@ class Program(NamedTuple):
       tx: the optax chain.
       step: jitted step: state, batch and (for preferences) the probe.
       memory: parameters at the start to what the gradients remember, see ``training.preference_memory``.
+      place: where everything lies; parameters are handed from stage to stage on the host where that is a mesh.
     """
 
     stage: StageConfig
     tx: optax.GradientTransformation
     step: Callable[..., Any]
     memory: Callable[[Params], Any] = lambda params: ()
+    place: Placement = FIRST_DEVICE
+
+    def begin(self, start: Params) -> TrainState:
+        """The state at step 0."""
+        return self.place.begin(start, lambda params: training.init_state(params, self.tx, self.memory(params)))
 
 
 class PreferenceProgram(NamedTuple):
@@ -98,11 +105,13 @@ def digest(*arrays: np.ndarray | jax.Array) -> str:
     return total.hexdigest()
 
 
-def likelihood_program(model: LanguageModel, stage: StageConfig) -> Program:
+def likelihood_program(model: LanguageModel, stage: StageConfig, place: Placement = FIRST_DEVICE) -> Program:
     """Optimizer and compiled step of pretraining or SFT."""
     tx = stage.optimizer.build(stage.steps)
     gradients = training.likelihood_gradients(model.token_log_probs)
-    return Program(stage, tx, jax.jit(training.make_step(gradients, tx, stage.optimizer.schedule(stage.steps))))
+    step = training.make_step(gradients, tx, stage.optimizer.schedule(stage.steps))
+    compiled = place.jit_step(step, lambda key: training.init_state(model.init(key), tx))
+    return Program(stage, tx, compiled, place=place)
 
 
 def preference_program(
@@ -114,6 +123,7 @@ def preference_program(
     with_geometry: bool = True,
     changes: bool = True,
     eval_batch: int = 8,
+    place: Placement = FIRST_DEVICE,
 ) -> PreferenceProgram:
     """Optimizer, compiled step and compiled evaluation of preference optimisation.
 
@@ -125,14 +135,21 @@ def preference_program(
       with_geometry: log the exact geometry of every step's batch; evaluations always have it.
       changes: log what every step did to its own batch, to first order and in fact.
       eval_batch: pairs at a time in scores and evaluations.
+      place: where everything lies.
     """
     functions = preference_functions(
         model.log_probs, stage, objective, chain, with_geometry=with_geometry, changes=changes, eval_batch=eval_batch
     )
+    memory = functools.partial(training.preference_memory, objective)
+
+    def begin(key: jax.Array) -> TrainState:
+        params = model.init(key)
+        return training.init_state(params, functions.tx, memory(params))
+
     return PreferenceProgram(
-        Program(stage, functions.tx, jax.jit(functions.step), functools.partial(training.preference_memory, objective)),
-        jax.jit(functions.score),
-        jax.jit(functions.diagnose),
+        Program(stage, functions.tx, place.jit_step(functions.step, begin), memory, place),
+        place.jit(functions.score),
+        place.jit(functions.diagnose),
     )
 
 
@@ -234,11 +251,10 @@ def _finish(
 ) -> Params:
     config = {**identity, "start": digest(*jax.tree.leaves(start)), "stage": dataclasses.asdict(program.stage)}
     run = RunFolder(folder, config)
-    state = training.init_state(start, program.tx, program.memory(start))
     label = " ".join(str(identity[name]) for name in ("kind", "pair_set", "seed") if name in identity)
-    return training.train(
+    end = training.train(
         run,
-        state,
+        program.begin(start),
         step,
         batches,
         program.stage,
@@ -247,6 +263,7 @@ def _finish(
         label=label,
         sources=sources,
     ).params
+    return program.place.host(end)
 
 
 def pretrain(
@@ -297,9 +314,10 @@ def supervise(
       identity: what tells this run from others; ``seed`` is the seed of the order.
       tracker: makes the mirror of a run.
     """
-    stream = data.pair_batches(train, program.stage.batch_size, int(identity["seed"]))
+    place, size = program.place, program.stage.batch_size
+    stream = data.pair_batches(train, size, int(identity["seed"]), place.rows(size))
     batches = training.MappedBatches(
-        stream, lambda pairs, _: TokenBatch(pairs.tokens[:, 0], pairs.completion_mask[:, 0])
+        stream, lambda pairs, _: place.joined(TokenBatch(pairs.tokens[:, 0], pairs.completion_mask[:, 0]), size)
     )
     identity = {"kind": "sft", **identity}
     return _finish(folder, identity, program, start, batches, program.step, tracker, sources=train.sources)
@@ -334,21 +352,24 @@ def prefer(
       UserError: the folder holds another run, or the cache another reference's log-probabilities.
       NonFiniteError: see ``training.train`` and ``training.reference_log_probs``.
     """
-    train, held_out = (PairBatch(jnp.asarray(s.tokens), jnp.asarray(s.completion_mask)) for s in pairs)
+    place, stage = program.program.place, program.program.stage
+    train, held_out = (PairBatch(*place.same((s.tokens, s.completion_mask))) for s in pairs)
     reference = _reference(program, start, {"train": train, "held_out": held_out}, cache)
     by_index = reference["train"]
     count = min(len(held_out.tokens), len(train.tokens))
-    eval_ = PreferenceExamples(held_out, jnp.asarray(reference["held_out"]))
-    eval_train = jax.tree.map(lambda leaf: leaf[:count], PreferenceExamples(train, jnp.asarray(by_index)))
+    eval_ = PreferenceExamples(held_out, place.same(reference["held_out"]))
+    eval_train = jax.tree.map(lambda leaf: leaf[:count], PreferenceExamples(train, place.same(by_index)))
     probe = jax.tree.map(lambda leaf: leaf[:probe_pairs], held_out) if probe_pairs else None
-    stage = program.program.stage
-    rate = jnp.asarray(stage.optimizer.learning_rate, jnp.float32)
+    rate = place.same(np.float32(stage.optimizer.learning_rate))
 
     def evaluate(state: TrainState) -> dict[str, jax.Array]:
         return program.diagnose(state.params, eval_, eval_train, rate, state.memory)
 
-    stream = data.pair_batches(pairs.train, stage.batch_size, int(identity["seed"]))
-    batches = training.MappedBatches(stream, lambda batch, index: PreferenceExamples(batch, by_index[index]))
+    size = stage.batch_size
+    stream = data.pair_batches(pairs.train, size, int(identity["seed"]), place.rows(size))
+    batches = training.MappedBatches(
+        stream, lambda batch, index: place.joined(PreferenceExamples(batch, by_index[index]), size)
+    )
 
     def step(state: TrainState, batch: Any) -> Any:
         return program.program.step(state, batch, probe)
@@ -366,11 +387,13 @@ def _reference(
     def compute() -> dict[str, np.ndarray]:
         nonlocal done
         done = "computed and written to"
-        return {name: np.asarray(program.score(start, pairs)) for name, pairs in splits.items()}
+        placed = program.program.place.params(start)
+        return {name: np.asarray(program.score(placed, pairs)) for name, pairs in splits.items()}
 
     if cache is None:
         return compute()
     counts = {name: len(pairs.tokens) for name, pairs in splits.items()}
     found = training.reference_log_probs(cache.path, cache.fingerprint, counts, compute)
-    print(f"reference log-probabilities {done} {cache.path}")
+    if distributed.is_writer():
+        print(f"reference log-probabilities {done} {cache.path}")
     return found
