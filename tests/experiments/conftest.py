@@ -5,7 +5,7 @@ import functools
 import jax
 import pytest
 
-from entangle import command_line, models
+from entangle import command_line, distributed, models
 from experiments import sentiment
 from experiments.sweep import trial_data
 from experiments.sweep.trial_config import data_fingerprint
@@ -21,6 +21,14 @@ def standard_promotion():
 def tfds_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_process():
+    """No others are looked for: JAX is in use by the time that a test calls a command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(distributed.COUNT, "1")
         yield
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import linecache
 import re
+import sys
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from entangle.types import PairBatch
 from experiments import preferences
 from experiments.pairs import pair_runs, references, stages
 from experiments.preferences import presets
+from tests.training.processes import finish, start
 
 WORDS = ("tea", "coffee", "milk", "water", "juice", "soda", "cocoa", "cider")
 
@@ -308,3 +310,25 @@ def test_an_objective_of_ones_own_that_was_edited_is_another_experiment(finished
     linecache.checkcache()
     with pytest.raises(UserError, match=r"objective_source"):
         pair_runs.open_folder(asked, preferences.PAIR_SET, pairs, {})
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes(finished, tmp_path):
+    asked, _ = finished
+    words = ["--preset", "smoke", "--no-track", "--max-length", 64, "--held-out-pairs", 6, "--probe-pairs", 4]
+    for stage in ("sft", "preference"):
+        for name, value in {"steps": 3, "batch-size": 4, "checkpoint-every": 2, "log-every": 2}.items():
+            words += [f"--{stage}.{name}", value]
+    words += ["--preference.eval-every", 2, "--data", asked.data, "--model", asked.model, "--out", tmp_path / "out"]
+    finish(start([sys.executable, "-m", "experiments.preferences", *map(str, words)]))
+    for stage in ("sft", "preference"):
+        one, two = (
+            training.read_metrics(out / "preferences" / "seed0" / stage) for out in (asked.out, tmp_path / "out")
+        )
+        assert [sorted(record) for record in one] == [sorted(record) for record in two]
+        for before, after in zip(one, two, strict=True):
+            for name in before.keys() - {"seconds"}:
+                np.testing.assert_allclose(after[name], before[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    files = [sorted(str(p.relative_to(out)) for p in out.rglob("*.*")) for out in (asked.out, tmp_path / "out")]
+    kept = [[name for name in names if "checkpoints" not in name] for names in files]
+    assert kept[0] == kept[1]

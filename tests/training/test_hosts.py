@@ -1,8 +1,6 @@
 """Two processes on loopback as one program, and what ends them."""
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,36 +13,18 @@ import pytest
 from entangle import training, transforms
 from entangle.training.checkpoints import Checkpoints
 from tests.training import resumable
+from tests.training.processes import ended, finish, start
 
 PROGRAM = Path(__file__).with_name("hosts_program.py")
 STEPS = 10
 
 
-def start(folder, *words, processes=2):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-
-    def one(index):
-        named = {
-            "JAX_COORDINATOR_ADDRESS": address,
-            "JAX_NUM_PROCESSES": str(processes),
-            "JAX_PROCESS_ID": str(index),
-        }
-        command = [sys.executable, str(PROGRAM), str(folder), *map(str, words)]
-        return subprocess.Popen(command, env={**os.environ, **named}, text=True, stderr=subprocess.PIPE)
-
-    return [one(index) for index in range(processes)]
-
-
-def finish(processes, seconds=120):
-    errors = [process.communicate(timeout=seconds)[1] for process in processes]
-    return [process.returncode for process in processes], errors
+def begin(folder, *words, processes=2):
+    return start([sys.executable, str(PROGRAM), str(folder), *map(str, words)], processes)
 
 
 def run(folder, *words, processes=2):
-    codes, errors = finish(start(folder, *words, processes=processes))
-    assert set(codes) == {0}, errors
+    finish(begin(folder, *words, processes=processes))
 
 
 def wait_for(folder, lines, processes):
@@ -104,11 +84,11 @@ def test_two_processes_are_one_of_two_devices_and_their_checkpoint_opens_in_one(
 @pytest.mark.slow
 def test_one_killed_ends_both_and_started_again_they_go_on_bitwise(whole, tmp_path):
     folder = tmp_path / "run"
-    processes = start(folder, 1, 0.2)
+    processes = begin(folder, 1, 0.2)
     wait_for(folder, 6, processes)
     time.sleep(0.3)  # past the first checkpoint, at step 4
     processes[1].send_signal(signal.SIGKILL)
-    codes, _ = finish(processes)
+    codes, _ = ended(processes)
     assert codes[1] == -signal.SIGKILL
     assert codes[0] != 0
     assert 4 <= Checkpoints(folder / "checkpoints").latest < STEPS
@@ -121,10 +101,10 @@ def test_one_killed_ends_both_and_started_again_they_go_on_bitwise(whole, tmp_pa
 @pytest.mark.parametrize(("who", "after"), [(1, (2, 1)), (0, (1, 2)), (1, (1, 1))])
 def test_sigterm_to_one_stops_both_with_a_checkpoint_and_other_processes_go_on(who, after, whole, tmp_path):
     folder = tmp_path / "run"
-    processes = start(folder, 1, 0.2)
+    processes = begin(folder, 1, 0.2)
     wait_for(folder, 1, processes)
     processes[who].send_signal(signal.SIGTERM)
-    codes, errors = finish(processes)
+    codes, errors = ended(processes)
     assert codes == [143, 143], errors
     step = Checkpoints(folder / "checkpoints").latest
     said = f"stopped: SIGTERM: saved at step {step} of {STEPS}; the same command goes on from there"
@@ -143,7 +123,7 @@ def test_sigterm_to_one_stops_both_with_a_checkpoint_and_other_processes_go_on(w
 @pytest.mark.slow
 def test_what_process_0_refuses_ends_both_in_one_line(tmp_path):
     (tmp_path / "mine.txt").write_text("a letter")
-    codes, errors = finish(start(tmp_path, 1))
+    codes, errors = ended(begin(tmp_path, 1))
     assert codes == [2, 2], errors
     message = f"error: {tmp_path} is not empty and holds no run (found mine.txt); name another folder"
     assert all(message in error.splitlines() for error in errors)
@@ -153,12 +133,12 @@ def test_what_process_0_refuses_ends_both_in_one_line(tmp_path):
 @pytest.mark.slow
 def test_a_checkpoint_of_another_model_ends_both_in_one_line(whole, tmp_path):
     folder = tmp_path / "run"
-    processes = start(folder, 1, 0.2)
+    processes = begin(folder, 1, 0.2)
     wait_for(folder, 6, processes)
     processes[0].send_signal(signal.SIGTERM)
-    assert finish(processes)[0] == [143, 143]
+    assert ended(processes)[0] == [143, 143]
     before = sorted(folder.rglob("*"))
-    codes, errors = finish(start(folder, 1, 0, 8))
+    codes, errors = ended(begin(folder, 1, 0, 8))
     assert codes == [2, 2], errors
     head, embedding = "head is float32[6, 11] there and float32[8, 11]", "float32[11, 6] there and float32[11, 8] here"
     for error in errors:
@@ -169,7 +149,7 @@ def test_a_checkpoint_of_another_model_ends_both_in_one_line(whole, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_ends_both_in_one_line_with_nothing_half_written(small_disk):
-    codes, errors = finish(start(small_disk / "run", 1))
+    codes, errors = ended(begin(small_disk / "run", 1))
     assert codes == [2, 2], errors
     for error in errors:
         (said,) = [line for line in error.splitlines() if line.startswith("error: ")]
