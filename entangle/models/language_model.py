@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from entangle.models import head
 from entangle.models.config import DecoderConfig
 from entangle.models.decoder import Decoder
 from entangle.types import LogProbFn, PairBatch, Params
@@ -36,7 +36,9 @@ class LanguageModel(NamedTuple):
     log_probs: LogProbFn
 
 
-def language_model(config: DecoderConfig) -> LanguageModel:
+def language_model(
+    config: DecoderConfig, *, completion_length: int | None = None, chunk: int | None = None, shards: int = 1
+) -> LanguageModel:
     """Make the pure functions of a decoder.
 
     Logits and log-probabilities are float32, or float64 when the parameters are. A token of V or more makes its row NaN;
@@ -44,16 +46,26 @@ def language_model(config: DecoderConfig) -> LanguageModel:
 
     Args:
       config: the shapes.
+      completion_length: tokens of the longest completion, so many positions a row meet the head in ``log_probs``, where a
+        row that has more of them is NaN; None takes all positions.
+      chunk: entries of the vocabulary that the head multiplies at a time in ``log_probs`` and ``token_log_probs``, which
+        then hold no logits of the others; None, or V or more, takes all at once.
+      shards: parts in which the head's matrix lies on a mesh, along the vocabulary.
 
     Returns:
       The functions.
 
+    Raises:
+      UserError: a length is below 1, or the shards do not divide the vocabulary.
+
     Example:
+      >>> import jax.numpy as jnp
       >>> model = language_model(DecoderConfig(vocab_size=10, max_positions=8, width=4, layers=1, heads=2))
       >>> params = model.init(jax.random.key(0))
       >>> model.token_log_probs(params, jnp.zeros((3, 2, 5), jnp.int32)).shape
       (3, 2, 5)
     """
+    head.check_head(config.vocab_size, completion_length=completion_length, chunk=chunk, shards=shards)
     graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
 
     def init(key: jax.Array) -> Params:
@@ -67,18 +79,12 @@ def language_model(config: DecoderConfig) -> LanguageModel:
 
     def token_log_probs(params: Params, tokens: jax.Array) -> jax.Array:
         decoder = nnx.merge(graph, params)
-        # The last position predicts nothing that is asked for; the head is the widest product of a small model.
-        return next_token_log_probs(decoder.head(decoder.hidden_states(tokens)[..., :-1, :]), tokens)
+        return head.token_log_probs(decoder.hidden_states(tokens), decoder.table(), tokens, chunk=chunk, shards=shards)
 
     def log_probs(params: Params, batch: PairBatch, /) -> jax.Array:
-        per_token = token_log_probs(params, batch.tokens)
-        return jnp.where(batch.completion_mask, per_token, jnp.zeros_like(per_token)).sum(-1)
+        decoder = nnx.merge(graph, params)
+        hidden = decoder.hidden_states(batch.tokens)
+        lengths = {"completion_length": completion_length, "chunk": chunk, "shards": shards}
+        return head.completion_log_probs(hidden, decoder.table(), batch.tokens, batch.completion_mask, **lengths)
 
     return LanguageModel(config, init, hidden_states, logits, token_log_probs, log_probs)
-
-
-def next_token_log_probs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Map logits ``[..., T - 1, V]`` and tokens ``[..., T]`` to ``[..., T]`` with 0 at position 0."""
-    taken = jnp.take_along_axis(logits, tokens[..., 1:, None], axis=-1)[..., 0]
-    later = taken - jax.nn.logsumexp(logits, axis=-1)
-    return jnp.concatenate([jnp.zeros_like(later, shape=(*tokens.shape[:-1], 1)), later], axis=-1)
