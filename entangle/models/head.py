@@ -152,7 +152,7 @@ def over_slices(
     """Reduce logits over the vocabulary, slice by slice; the backward computes a slice's logits again.
 
     Args:
-      add: function of the sums so far, of every model's logits ``[..., N, S, W]`` in a slice, and of where the label is,
+      add: function of the sums so far, of every model's logits ``[..., N, W]`` in a slice, and of where the label is,
         bool of that shape, to the sums with the slice.
       sums: pytree of arrays to start from.
       hidden: of every model, ``[..., N, D]``.
@@ -170,18 +170,14 @@ def over_slices(
 
     def with_slice(sums: Any, part: tuple[Sequence[jax.Array], jax.Array]) -> tuple[Any, None]:
         rows, first = part
+        column = jnp.arange(rows[0].shape[0], dtype=jnp.int32)
+        width = len(column) // shards
+        ids = (first + each * (column // width) + column % width).reshape(*(1,) * labels.ndim, -1)
         logits = [
-            jnp.einsum(
-                "...nd,swd->...nsw",
-                states.astype(narrow.dtype),
-                row.astype(narrow.dtype),
-                preferred_element_type=states.dtype,
-            )
+            head_logits(states.astype(narrow.dtype), row)
             for states, narrow, row in zip(wide, hidden, rows, strict=True)
         ]
-        shape = (*labels.shape, *rows[0].shape[:2])
-        ids = first + each * _counted(shape, -2) + _counted(shape, -1)
-        return add(sums, *logits, ids == labels[..., None, None].astype(jnp.int32)), None
+        return add(sums, *logits, ids == labels[..., None].astype(jnp.int32)), None
 
     count, width = _slices(each, chunk, shards)
     whole, left = zip(*(_in_slices(table, count, width, shards) for table in tables), strict=True)
@@ -192,10 +188,6 @@ def over_slices(
     return jax.lax.scan(jax.checkpoint(with_slice, prevent_cse=False), sums, (whole, starts))[0]
 
 
-def _counted(shape: tuple[int, ...], axis: int) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) + axis)
-
-
 def _slices(each: int, chunk: int, shards: int) -> tuple[int, int]:
     """Into how many slices a shard of this length is cut, and how long they are; what is left over is shorter."""
     least = min(-(-each * shards // chunk), each)
@@ -204,12 +196,15 @@ def _slices(each: int, chunk: int, shards: int) -> tuple[int, int]:
 
 
 def _in_slices(table: jax.Array, count: int, width: int, shards: int) -> tuple[jax.Array, jax.Array]:
-    """The slices ``[C, S, W, D]`` of a table ``[V, D]``, and the rows left over, ``[S, ..., D]``."""
-    parts = table.reshape(shards, -1, table.shape[-1])
+    """The slices ``[C, S W, D]`` of a table ``[V, D]``, and the rows left over, ``[..., D]``."""
+    depth = table.shape[-1]
+    parts = table.reshape(shards, -1, depth)
     each = parts.shape[1]
     whole = jax.lax.slice_in_dim(parts, 0, count * width, axis=1) if count * width < each else parts
     left = jax.lax.slice_in_dim(parts, count * width, each, axis=1)
-    return jnp.swapaxes(whole.reshape(shards, count, width, -1), 0, 1), left
+    if shards > 1:
+        whole = jnp.swapaxes(whole.reshape(shards, count, width, depth), 0, 1)
+    return whole.reshape(count, shards * width, depth), left.reshape(-1, depth)
 
 
 def check_head(
@@ -237,8 +232,8 @@ def _no_sums(hidden: jax.Array) -> _Sums:
 
 
 def _with_slice(sums: _Sums, logits: jax.Array, is_label: jax.Array) -> _Sums:
-    """Add a slice's logits, ``[..., N, S, W]``."""
+    """Add a slice's logits, ``[..., N, W]``."""
     # any number may be subtracted from all logits, so the greatest of them has no derivative
-    greatest = jnp.maximum(sums.greatest, jax.lax.stop_gradient(logits).max((-2, -1)))
-    total = sums.total * jnp.exp(sums.greatest - greatest) + jnp.exp(logits - greatest[..., None, None]).sum((-2, -1))
-    return _Sums(greatest, total, sums.taken + jnp.where(is_label, logits, jnp.zeros_like(logits)).sum((-2, -1)))
+    greatest = jnp.maximum(sums.greatest, jax.lax.stop_gradient(logits).max(-1))
+    total = sums.total * jnp.exp(sums.greatest - greatest) + jnp.exp(logits - greatest[..., None]).sum(-1)
+    return _Sums(greatest, total, sums.taken + jnp.where(is_label, logits, jnp.zeros_like(logits)).sum(-1))
