@@ -15,9 +15,9 @@ from entangle import jaxprs
 from entangle.geometry import independence, meshes, taps, uses, views
 from entangle.geometry.dense_axes import DenseForm
 from entangle.geometry.pairs import count_pairs
+from entangle.geometry.plan import Dense, Lookup, Place, Scope
 from entangle.geometry.products import accumulator_dtype
 from entangle.geometry.taps import Products, Weight
-from entangle.geometry.uses import Dense, Lookup, Place, Scope
 from entangle.types import PairGeometry, Params
 
 

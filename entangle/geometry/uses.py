@@ -19,30 +19,11 @@ from jax.extend.core import primitives
 from entangle import jaxprs
 from entangle.errors import UnsupportedModelError
 from entangle.geometry.dense_axes import DenseAxes
+from entangle.geometry.plan import Dense, Lookup, Place, Scope, Tied
 from entangle.geometry.views import TableView, are_disjoint_slices, is_view, moves_axes
 
 COPY_LIMIT = 2**20
 """Largest parameter, in numbers, of which every row is given a copy when no shorter form of its products is known."""
-
-
-class Place(NamedTuple):
-    """One place where a parameter meets the rows.
-
-    Attributes:
-      leaf: number of the parameter among the flattened ones.
-      form: ``dense``, ``lookup``, ``tied lookup``, ``tied head`` or ``copy``.
-      lengths: lengths of the scans around it, outermost first.
-      sizes: E, T, I and O of a dense place, else ().
-      where: file and line of the model's code.
-      layered: whether the scans run over the parameter's own leading axes, whole and as they are.
-    """
-
-    leaf: int
-    form: str
-    lengths: tuple[int, ...]
-    sizes: tuple[int, ...]
-    where: str
-    layered: bool
 
 
 class Source(NamedTuple):
@@ -63,49 +44,6 @@ class Source(NamedTuple):
     layered: bool = True
     lookup: int | None = None
     table: TableView | None = None
-
-
-class Tied(NamedTuple):
-    """What a head that is also looked up in knows of the lookup.
-
-    Attributes:
-      lookup: its place.
-      columns: see ``TableView.columns``; None where the columns are the table's rows.
-    """
-
-    lookup: int
-    columns: np.ndarray | None
-
-
-class Dense(NamedTuple):
-    """An equation that multiplies a row's input with a weight, which may be ``tied``."""
-
-    place: int
-    axes: DenseAxes
-    tied: Tied | None
-
-
-class Lookup(NamedTuple):
-    """An equation that reads rows of a table; ``tied`` says that the table is a head, too."""
-
-    place: int
-    tied: bool
-
-
-class Scope(NamedTuple):
-    """One jaxpr (the model, the body of a scan, a checkpointed part) and what is to be done in it.
-
-    Attributes:
-      jaxpr: the program.
-      live: numbers of the equations that the result depends on.
-      copies: variable to the place whose copies replace it.
-      equations: number of an equation to what stands for it.
-    """
-
-    jaxpr: Any
-    live: frozenset[int]
-    copies: dict[Any, int]
-    equations: dict[int, Dense | Lookup | Scope]
 
 
 def find_uses(jaxpr: Any, names: Sequence[str], copy_limit: int = COPY_LIMIT) -> tuple[Scope, list[Place]]:
@@ -143,7 +81,7 @@ class _Finder:
 class _End(NamedTuple):
     """Where a view of a table ends: equation, and the head's columns, or None of a lookup."""
 
-    index: int
+    equation: int
     columns: np.ndarray | None
 
 
@@ -291,16 +229,17 @@ class _ScopeFinder:
             return False
         table = TableView.of(var.aval.shape[0])
         ends = [self._ends(*use, table) for use in uses]
-        found = [end for some in ends for end in some or [] if end is not None]
-        lookups, heads = ([end for end in found if (end.columns is None) == lookup] for lookup in (True, False))
-        if None in ends or len(lookups) != 1 or not heads or any(head.index < lookups[0].index for head in heads):
+        found = [end for some in ends for end in some or []]
+        lookups = [end for end in found if end.columns is None]
+        heads = [end for end in found if end.columns is not None]
+        if None in ends or len(lookups) != 1 or not heads or any(head.equation < lookups[0].equation for head in heads):
             return False
-        if np.any(sum(np.asarray(head.columns >= 0, np.int32) for head in heads) > 1):
+        if np.any(np.bincount(np.concatenate([np.flatnonzero(np.asarray(head.columns) >= 0) for head in heads])) > 1):
             return False  # what two heads have in common is looked up in three times
         (lookup,) = lookups
-        eqn = self.jaxpr.eqns[lookup.index]
+        eqn = self.jaxpr.eqns[lookup.equation]
         place = self.finder.add(source, "tied lookup", eqn)
-        self.equations[lookup.index] = Lookup(place, True)
+        self.equations[lookup.equation] = Lookup(place, True)
         for use, some in zip(uses, ends, strict=True):
             if some is not None and some[0].columns is not None:
                 self._follow_use(*use, var, source._replace(lookup=place, table=table))
@@ -320,9 +259,9 @@ class _ScopeFinder:
             inner = eqn.params["jaxpr"]
             var = (inner.jaxpr if sliced else inner).invars[position]
             ends = None if seen is None else self._inside(eqn, {var: Source(0)})._all_ends(var, seen)
-            # a lookup inside comes again with every slice
-            inside = ends is None or any(end.columns is None for end in ends)
-            return None if inside else [end._replace(index=index) for end in ends]
+            if ends is None or any(end.columns is None for end in ends):
+                return None  # a lookup inside of another program is none that a head outside could be tied to
+            return [end._replace(equation=index) for end in ends]
         if self._is_dense(eqn, position):
             columns = table.columns(*_dense_axes(eqn, position))
             return None if columns is None else [_End(index, columns)]
@@ -332,8 +271,13 @@ class _ScopeFinder:
         uses = self.uses.get(var, [])
         if len(uses) > 1 and not are_disjoint_slices([self._equation(index) for index, _ in uses]):
             return None
-        ends = [self._ends(*use, table) for use in uses]
-        return None if None in ends else [end for some in ends for end in some or []]
+        found: list[_End] = []
+        for use in uses:
+            ends = self._ends(*use, table)
+            if ends is None:
+                return None
+            found += ends
+        return found
 
     def _copy(self, var: Any, source: Source, eqns: Sequence[Any]) -> None:
         size = math.prod(var.aval.shape)

@@ -83,8 +83,13 @@ def language_model(
 
     def log_probs(params: Params, batch: PairBatch, /) -> jax.Array:
         decoder = nnx.merge(graph, params)
-        hidden = decoder.hidden_states(batch.tokens)
-        lengths = {"completion_length": completion_length, "chunk": chunk, "shards": shards}
-        return head.completion_log_probs(hidden, decoder.table(), batch.tokens, batch.completion_mask, **lengths)
+        return head.completion_log_probs(
+            decoder.hidden_states(batch.tokens),
+            decoder.table(),
+            *batch,
+            completion_length=completion_length,
+            chunk=chunk,
+            shards=shards,
+        )
 
     return LanguageModel(config, init, hidden_states, logits, token_log_probs, log_probs)

@@ -7,7 +7,6 @@ head does. Memory is what the compiled program needs: arguments, results and tem
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from entangle.models.head import completion_log_probs
-from scripts.benchmarks.measuring import Contender
+from scripts.benchmarks.measuring import Contender, compiled_contender
 from scripts.benchmarks.step import draw_examples
 
 # Llama 3's vocabulary
@@ -63,7 +62,9 @@ def contenders(vocabulary: int, length: int, pairs: int, width: int, chunk: int)
             jax.tree.leaves(compiled[name](hidden, table, batch, weights)), jax.tree.leaves(right), strict=True
         ):
             np.testing.assert_array_less(jnp.linalg.norm(one - other), AGREEMENT * jnp.linalg.norm(other))
-    return tuple(_contender(name, program, (hidden, table, batch, weights)) for name, program in compiled.items())
+    return tuple(
+        compiled_contender(name, program, (hidden, table, batch, weights)) for name, program in compiled.items()
+    )
 
 
 def _compile(given: dict[str, Any], *arguments: Any) -> Any:
@@ -72,10 +73,3 @@ def _compile(given: dict[str, Any], *arguments: Any) -> Any:
         return jnp.sum(weights * found) / batch.completion_mask.sum()
 
     return jax.jit(jax.value_and_grad(weighted, (0, 1))).lower(*arguments).compile()
-
-
-def _contender(name: str, compiled: Any, arguments: tuple[Any, ...]) -> Contender:
-    memory = compiled.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    run: Callable[[], float] = lambda: float(jax.block_until_ready(compiled(*arguments))[0])  # noqa: E731
-    return Contender(name, run, peak - memory.alias_size_in_bytes)
