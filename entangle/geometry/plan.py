@@ -1,4 +1,4 @@
-"""What is to be done in a model's program so that its geometry comes with the backward: found by ``uses``, run by ``program``."""
+"""What is to be done in a program so that its geometry comes with the backward: found by ``uses``, run by ``program``."""
 
 from __future__ import annotations
 
