@@ -68,8 +68,8 @@ def label_log_probs(
     check_head(table.shape[0], chunk=chunk, shards=shards)
     if chunk is None or chunk >= table.shape[0]:
         return log_probs_of(head_logits(hidden, table), labels)
-    sums = over_slices(_with_slice, _no_sums(hidden), (hidden,), (table,), labels, chunk, shards)
-    return sums.taken - (sums.greatest + jnp.log(sums.total))
+    sums: Sums = over_slices(add_slice, no_sums(hidden), (hidden,), (table,), labels, chunk, shards)
+    return sums.taken - sums.log_total()
 
 
 def token_log_probs(
@@ -218,22 +218,27 @@ def check_head(
         raise UserError(f"head: a vocabulary of {vocab_size} does not lie in {shards} equal shards")
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """What is kept of the logits so far, ``[..., N]``: greatest, sum of ``exp(logit - greatest)``, the label's."""
 
     greatest: jax.Array
     total: jax.Array
     taken: jax.Array
 
+    def log_total(self) -> jax.Array:
+        """Log of the sum of the logits' exponentials."""
+        return self.greatest + jnp.log(self.total)
 
-def _no_sums(hidden: jax.Array) -> _Sums:
+
+def no_sums(hidden: jax.Array) -> Sums:
+    """What is kept of no logits at all; hidden ``[..., N, D]``."""
     zeros = jnp.zeros_like(hidden[..., 0], at_least_float32(hidden.dtype))
-    return _Sums(zeros - jnp.inf, zeros, zeros)
+    return Sums(zeros - jnp.inf, zeros, zeros)
 
 
-def _with_slice(sums: _Sums, logits: jax.Array, is_label: jax.Array) -> _Sums:
+def add_slice(sums: Sums, logits: jax.Array, is_label: jax.Array) -> Sums:
     """Add a slice's logits, ``[..., N, W]``."""
     # any number may be subtracted from all logits, so the greatest of them has no derivative
     greatest = jnp.maximum(sums.greatest, jax.lax.stop_gradient(logits).max(-1))
     total = sums.total * jnp.exp(sums.greatest - greatest) + jnp.exp(logits - greatest[..., None]).sum(-1)
-    return _Sums(greatest, total, sums.taken + jnp.where(is_label, logits, jnp.zeros_like(logits)).sum(-1))
+    return Sums(greatest, total, sums.taken + jnp.where(is_label, logits, jnp.zeros_like(logits)).sum(-1))

@@ -11,7 +11,8 @@ from flax import nnx
 from entangle.models import head
 from entangle.models.config import DecoderConfig
 from entangle.models.decoder import Decoder
-from entangle.types import LogProbFn, PairBatch, Params
+from entangle.models.token_statistics import sliced_token_statistics, token_statistics
+from entangle.types import LogProbFn, PairBatch, PairTokenLogProbs, Params
 
 
 class LanguageModel(NamedTuple):
@@ -26,6 +27,8 @@ class LanguageModel(NamedTuple):
         ``log p(token_t | tokens < t)``, position 0 holds 0.
       log_probs: parameters and a PairBatch with leaves ``[B, R, T]`` to ``[B, R]``, in nats: the sum of
         ``token_log_probs`` over the completion mask.
+      token_statistics: parameters, a reference's parameters and a PairBatch to PairTokenLogProbs, see
+        ``models.token_statistics``.
     """
 
     config: DecoderConfig
@@ -34,6 +37,7 @@ class LanguageModel(NamedTuple):
     logits: Callable[[Params, jax.Array], jax.Array]
     token_log_probs: Callable[[Params, jax.Array], jax.Array]
     log_probs: LogProbFn
+    token_statistics: Callable[[Params, Params, PairBatch], PairTokenLogProbs]
 
 
 def language_model(
@@ -48,8 +52,8 @@ def language_model(
       config: the shapes.
       completion_length: tokens of the longest completion, so many positions a row meet the head in ``log_probs``, where a
         row that has more of them is NaN; None takes all positions.
-      chunk: entries of the vocabulary that the head multiplies at a time in ``log_probs`` and ``token_log_probs``, which
-        then hold no logits of the others; None, or V or more, takes all at once.
+      chunk: entries of the vocabulary that the head multiplies at a time in all but ``logits``, which then hold no logits
+        of the others; None, or V or more, takes all at once.
       shards: parts in which the head's matrix lies on a mesh, along the vocabulary.
 
     Returns:
@@ -77,19 +81,24 @@ def language_model(
     def logits(params: Params, tokens: jax.Array) -> jax.Array:
         return nnx.merge(graph, params).logits(tokens)
 
-    def token_log_probs(params: Params, tokens: jax.Array) -> jax.Array:
+    def head_inputs(params: Params, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         decoder = nnx.merge(graph, params)
-        return head.token_log_probs(decoder.hidden_states(tokens), decoder.table(), tokens, chunk=chunk, shards=shards)
+        return decoder.hidden_states(tokens), decoder.table()
+
+    def token_log_probs(params: Params, tokens: jax.Array) -> jax.Array:
+        return head.token_log_probs(*head_inputs(params, tokens), tokens, chunk=chunk, shards=shards)
 
     def log_probs(params: Params, batch: PairBatch, /) -> jax.Array:
-        decoder = nnx.merge(graph, params)
         return head.completion_log_probs(
-            decoder.hidden_states(batch.tokens),
-            decoder.table(),
+            *head_inputs(params, batch.tokens),
             *batch,
             completion_length=completion_length,
             chunk=chunk,
             shards=shards,
         )
 
-    return LanguageModel(config, init, hidden_states, logits, token_log_probs, log_probs)
+    if chunk is None or chunk >= config.vocab_size:
+        statistics = token_statistics(logits)
+    else:
+        statistics = sliced_token_statistics(head_inputs, chunk=chunk, shards=shards)
+    return LanguageModel(config, init, hidden_states, logits, token_log_probs, log_probs, statistics)
