@@ -48,7 +48,8 @@ def contenders(vocabulary: int, length: int, pairs: int, width: int, chunk: int)
     # of a final norm, and logits of a standard deviation of 2
     hidden = jnp.asarray(draw.standard_normal((pairs, 2, length, width), dtype=np.float32))
     table = jnp.asarray(draw.standard_normal((vocabulary, width), dtype=np.float32) * np.float32(2 / np.sqrt(width)))
-    weights = jnp.asarray(draw.standard_normal((pairs, 2), dtype=np.float32))
+    tokens = np.float32(batch.completion_mask.sum())  # the loss is then one of a token, which float32 holds to 1e-6
+    weights = jnp.asarray(draw.standard_normal((pairs, 2), dtype=np.float32) / tokens)
     longest = int(batch.completion_mask.sum(-1).max())
     options: dict[str, dict[str, Any]] = {
         "completions": {"completion_length": longest, "chunk": chunk},
@@ -70,6 +71,6 @@ def contenders(vocabulary: int, length: int, pairs: int, width: int, chunk: int)
 def _compile(given: dict[str, Any], *arguments: Any) -> Any:
     def weighted(hidden: jax.Array, table: jax.Array, batch: Any, weights: jax.Array) -> jax.Array:
         found = completion_log_probs(hidden, table, batch.tokens, batch.completion_mask, **given)
-        return jnp.sum(weights * found) / batch.completion_mask.sum()
+        return jnp.sum(weights * found)
 
     return jax.jit(jax.value_and_grad(weighted, (0, 1))).lower(*arguments).compile()
