@@ -32,7 +32,7 @@ import numpy as np
 from entangle import command_line, losses, models, training
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, RunFolder
-from entangle.types import LogProbFn, PairBatch, Params
+from entangle.types import PairBatch, Params
 from experiments import figures, one_step_measure
 from experiments.pairs import pair_runs, stages
 from experiments.pairs.pair_config import NOT_EVALUATED, objective_identity
@@ -137,36 +137,15 @@ def run(settings: OneStepConfig) -> list[Path]:
             raise UserError(f"{what} they are more than {name}'s {len(both.train.tokens)} training pairs")
     experiment = pair_runs.open_folder(settings, "one_step", materials.pairs, materials.report)
     most = max(int(both.train.completion_mask.sum(-1).max()) for both in materials.pairs.values())
-    log_prob_fn = completion_log_probs(materials.model, most)
-    made = one_step_measure.programs(log_prob_fn, _objective(settings), settings.remedies)
+    # the head at the completions' positions alone: it is most of a small model's work
+    model = models.language_model(materials.model.config, completion_length=most, chunk=settings.head_chunk)
+    made = one_step_measure.programs(model.log_probs, _objective(settings), settings.remedies)
     for pair_set, both in materials.pairs.items():
         for seed, (supervised, preferred) in enumerate(_models(settings, materials, pair_set, both)):
             examples, warm = _sample(settings, both, seed)
             for when, params in (("SFT", supervised), ("DPO", preferred)):
                 _measure(settings, made, (pair_set, seed, when), params, supervised, examples, warm)
     return figures.redraw(experiment.path)
-
-
-def completion_log_probs(model: models.LanguageModel, most: int) -> LogProbFn:
-    """``model.log_probs`` with the head at the completions' positions alone, which is most of a small model's work.
-
-    Args:
-      model: the policy.
-      most: tokens of the longest completion; completions are in one piece.
-    """
-
-    def log_probs(params: Params, batch: PairBatch, /) -> jax.Array:
-        length = batch.tokens.shape[-1]
-        at = jnp.argmax(batch.completion_mask, -1)[..., None] + jnp.arange(most)[None, None]
-        inside, at = at < length, jnp.minimum(at, length - 1)
-        hidden = model.hidden_states(params, batch.tokens)
-        hidden = jnp.take_along_axis(hidden, jnp.maximum(at - 1, 0)[..., None], -2)
-        every = jax.nn.log_softmax(jnp.einsum("...d,vd->...v", hidden, params["token_embedding"]))
-        taken = jnp.take_along_axis(every, jnp.take_along_axis(batch.tokens, at, -1)[..., None], -1)[..., 0]
-        counts = inside & jnp.take_along_axis(batch.completion_mask, at, -1)
-        return jnp.where(counts, taken, jnp.zeros_like(taken)).sum(-1)
-
-    return log_probs
 
 
 def _objective(settings: OneStepConfig) -> losses.Objective:

@@ -111,7 +111,8 @@ def gather(settings: PreferencesConfig) -> Materials:
     trained = ("sft", "preference") if settings.sft_first else ("preference",)
     pairs, report = preference_files.encode_records(settings, checkpoint.tokenizer, records, trained)
     references.check(settings, checkpoint, {PAIR_SET: pairs}, sft_first=settings.sft_first)
-    return Materials(checkpoint, pairs, report)
+    model = pair_data.with_head(settings, checkpoint.model, [pairs])
+    return Materials(checkpoint._replace(model=model), pairs, report)
 
 
 def run(settings: PreferencesConfig) -> list[Path]:

@@ -34,7 +34,8 @@ EXPERIMENTS = Path(experiments.__file__).parent
 WALLS = {"pairs": set(), "theorems": set(), "sweep": {"pairs"}, "reports": {"sweep", "theorems"}}
 """Folder of experiments -> the others that it may import. What one runs is beside them and may import all."""
 ISLANDS = ("losses", "geometry", "transforms")
-BASE = {"jax", "optax", "entangle"} | set(sys.stdlib_module_names)
+# numpy comes with jax
+BASE = {"jax", "numpy", "optax", "entangle"} | set(sys.stdlib_module_names)
 FOREIGN = ("flax", "orbax", "tensorflow", "tensorflow_datasets", "wandb", "ray", "tokenizers", "matplotlib", "grain")
 
 

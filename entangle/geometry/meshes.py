@@ -20,6 +20,8 @@ def summed_where_it_lies(
 
     Left alone, XLA adds up the ``T x T`` matrices inside of the function over the devices. As the function is a sum over
     one side's features for whatever the other side is, the sum over devices can come last: of one number a product.
+    On TPUs it is left alone all the same, for there ``custom_partitioning`` does not compile (jax 0.10, its issue 38196):
+    matrices are added up where features are divided, as by tensor parallelism, and nothing where only pairs are.
 
     Args:
       local: of inputs ``[B, R, E, T, I]`` and cotangents ``[B, R, E, T, O]`` to ``[B, P]``; a sum over parts of E, over
@@ -48,8 +50,9 @@ def summed_where_it_lies(
 
     @custom_vmap
     def batchable(inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
-        # inside jax.shard_map arrays are parts already
-        return (local if AxisType.Manual in _axis_types() else partitioned)(inputs, cotangents)
+        if AxisType.Manual in _axis_types():  # inside jax.shard_map arrays are parts already
+            return local(inputs, cotangents)
+        return jax.lax.platform_dependent(inputs, cotangents, tpu=local, default=partitioned)
 
     @batchable.def_vmap
     def rule(size: int, mapped: Sequence[bool], *arrays: jax.Array) -> tuple[jax.Array, bool]:

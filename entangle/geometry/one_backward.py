@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from entangle.geometry import meshes
 from entangle.geometry.pairs import count_pairs
+from entangle.geometry.plan import Place
 from entangle.geometry.program import Program, Runner, SpmdAxisName
 from entangle.geometry.taps import PairProducts
-from entangle.geometry.uses import COPY_LIMIT, Place
+from entangle.geometry.uses import COPY_LIMIT
 from entangle.paths import named_leaves
 from entangle.types import LogProbFn, PairGeometry, PairGradients, Params
 

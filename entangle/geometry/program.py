@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives
 
 from entangle import jaxprs
-from entangle.geometry import independence, meshes, taps, uses
+from entangle.geometry import independence, meshes, taps, uses, views
 from entangle.geometry.dense_axes import DenseForm
 from entangle.geometry.pairs import count_pairs
+from entangle.geometry.plan import Dense, Lookup, Place, Scope
 from entangle.geometry.products import accumulator_dtype
 from entangle.geometry.taps import Products, Weight
-from entangle.geometry.uses import Dense, Lookup, Place, Scope
 from entangle.types import PairGeometry, Params
 
 SpmdAxisName = str | tuple[str, ...] | None
@@ -138,10 +139,14 @@ class Runner:
         values: Iterable[Any],
         probes: Mapping[int, jax.Array],
         scale: jax.Array,
+        links: Mapping[int, _Linked] = MappingProxyType({}),
     ) -> tuple[list[Any], jax.Array]:
-        """Results of a scope and scale; parameters come in as Weight, and stay so until they meet the row."""
+        """Results of a scope and scale; parameters come in as Weight, and stay so until they meet the row.
+
+        Links are those of lookups outside, by the lookup's place.
+        """
         environment: dict[Any, Any] = {}
-        links: dict[int, taps.Link] = {}
+        links = dict(links)
 
         def write(variables: Iterable[Any], values: Iterable[Any], scale: jax.Array) -> jax.Array:
             for var, value in zip(variables, values, strict=True):
@@ -157,14 +162,16 @@ class Runner:
             inputs = [jaxprs.read(environment, atom) for atom in eqn.invars]
             plan = scope.equations.get(index)
             if isinstance(plan, Dense):
-                link = None if plan.tied is None else links[plan.tied]
+                link = None if plan.tied is None else self._link(plan, links[plan.tied.lookup])
                 result, scale = self._dense(eqn, plan, inputs, probes[plan.place], scale, link)
                 results = [result]
             elif isinstance(plan, Lookup):
-                result, scale, links[index] = self._lookup(eqn, plan, inputs, probes[plan.place], scale)
+                result, scale, link = self._lookup(eqn, plan, inputs, probes[plan.place], scale)
                 results = [result]
+                if link is not None:
+                    links[plan.place] = _Linked(link, 0)
             elif isinstance(plan, Scope):
-                results, scale = self._inner(eqn, plan, inputs, probes, scale)
+                results, scale = self._inner(eqn, plan, inputs, probes, scale, links)
             else:
                 results = _apply(eqn, inputs)
             scale = write(eqn.outvars, results, scale)
@@ -183,6 +190,17 @@ class Runner:
         how = DenseForm(plan.axes, rows, eqn.params["precision"])
         return taps.dense(dot, how, self.products, inputs[1 - side], inputs[side], probe, scale, link)
 
+    def _link(self, plan: Dense, linked: _Linked) -> taps.Link:
+        """The link of a head that sees some rows of the table, in columns of their own."""
+        link, number = linked
+        if plan.tied is None or plan.tied.columns is None:
+            return link
+        columns = jnp.asarray(plan.tied.columns)
+        found = jnp.take(columns, jnp.where(link.valid, link.ids, 0), mode="clip")
+        width = self.places[plan.place].sizes[3]
+        here = link.valid & (found >= 0) & (found // width == number)
+        return taps.Link(jnp.where(here, found % width, 0), here, link.array)
+
     def _lookup(
         self, eqn: Any, plan: Lookup, inputs: Sequence[Any], probe: jax.Array, scale: jax.Array
     ) -> tuple[jax.Array, jax.Array, Any]:
@@ -195,14 +213,34 @@ class Runner:
         return taps.lookup(gather, self.products, indices, ids, valid, table, probe, scale, plan.tied)
 
     def _inner(
-        self, eqn: Any, plan: Scope, inputs: Sequence[Any], probes: Mapping[int, jax.Array], scale: jax.Array
+        self,
+        eqn: Any,
+        plan: Scope,
+        inputs: Sequence[Any],
+        probes: Mapping[int, jax.Array],
+        scale: jax.Array,
+        links: Mapping[int, _Linked],
     ) -> tuple[list[Any], jax.Array]:
         mine = {number: probes[number] for number in _places_in(plan)}
-        if eqn.primitive is primitives.scan_p:
-            consts = eqn.params["jaxpr"].consts
-            body = lambda values, scale, probes: self.run(plan, consts, values, probes, scale)  # noqa: E731
-            return jaxprs.run_scan(eqn, inputs, body, scale, mine)
-        return jaxprs.run_checkpointed(eqn, (inputs, mine, scale), lambda given: self.run(plan, (), *given))
+        taken = {place: links[place] for place in _lookups_outside(plan)}
+        if eqn.primitive is not primitives.scan_p:
+            return jaxprs.run_checkpointed(eqn, (inputs, mine, scale, taken), lambda given: self.run(plan, (), *given))
+        consts, length = eqn.params["jaxpr"].consts, eqn.params["length"]
+
+        def body(values: list[Any], scale: jax.Array, sliced: Any) -> tuple[list[Any], jax.Array]:
+            probes, iteration = sliced
+            inside = {p: _Linked(one.link, one.iteration * length + iteration) for p, one in taken.items()}
+            return self.run(plan, consts, values, probes, scale, inside)
+
+        iterations = jnp.arange(length, dtype=jnp.int32) if taken else None
+        return jaxprs.run_scan(eqn, inputs, body, scale, (mine, iterations))
+
+
+class _Linked(NamedTuple):
+    """A lookup's link, and which iteration this is of the scans between the lookup and here."""
+
+    link: taps.Link
+    iteration: Any
 
 
 def _places_in(scope: Scope) -> list[int]:
@@ -212,6 +250,14 @@ def _places_in(scope: Scope) -> list[int]:
     return sorted(places)
 
 
+def _lookups_outside(scope: Scope) -> set[int]:
+    """Places of the lookups that heads inside are tied to."""
+    plans = scope.equations.values()
+    heads = {plan.tied.lookup for plan in plans if isinstance(plan, Dense) and plan.tied is not None}
+    inside = set().union(*(_lookups_outside(plan) for plan in plans if isinstance(plan, Scope)))
+    return (heads | inside) - {plan.place for plan in plans if isinstance(plan, Lookup)}
+
+
 def _apply(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     """Apply an equation that no parameter meets a row in."""
     if not any(isinstance(value, Weight) for value in inputs):
@@ -219,6 +265,6 @@ def _apply(eqn: Any, inputs: Sequence[Any]) -> list[Any]:
     (weight,) = inputs
     if eqn.primitive is primitives.stop_gradient_p:
         return jaxprs.bind(eqn, weight.copies[:1])
-    if not uses.is_view(eqn):
+    if not views.is_view(eqn):
         raise AssertionError(f"{eqn.primitive.name} of a parameter was not planned")  # rather than a wrong number
     return [Weight(copies) for copies in zip(*(jaxprs.bind(eqn, [copy]) for copy in weight.copies), strict=True)]

@@ -12,49 +12,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives
 
 from entangle import jaxprs
 from entangle.errors import UnsupportedModelError
 from entangle.geometry.dense_axes import DenseAxes
+from entangle.geometry.plan import Dense, Lookup, Place, Scope, Tied
+from entangle.geometry.views import TableView, are_disjoint_slices, is_view, moves_axes
 
 COPY_LIMIT = 2**20
 """Largest parameter, in numbers, of which every row is given a copy when no shorter form of its products is known."""
-
-# Views keep inner products: the gradient with respect to the view has the parameter's gradient's every product.
-_VIEWS = {
-    primitives.convert_element_type_p,
-    primitives.transpose_p,
-    primitives.reshape_p,
-    primitives.squeeze_p,
-    primitives.copy_p,
-    primitives.sharding_constraint_p,
-    primitives.broadcast_in_dim_p,
-}
-
-# Views whose axes are the parameter's own.
-_STILL = {primitives.convert_element_type_p, primitives.copy_p, primitives.sharding_constraint_p}
-
-
-class Place(NamedTuple):
-    """One place where a parameter meets the rows.
-
-    Attributes:
-      leaf: number of the parameter among the flattened ones.
-      form: ``dense``, ``lookup``, ``tied lookup``, ``tied head`` or ``copy``.
-      lengths: lengths of the scans around it, outermost first.
-      sizes: E, T, I and O of a dense place, else ().
-      where: file and line of the model's code.
-      layered: whether the scans run over the parameter's own leading axes, whole and as they are.
-    """
-
-    leaf: int
-    form: str
-    lengths: tuple[int, ...]
-    sizes: tuple[int, ...]
-    where: str
-    layered: bool
 
 
 class Source(NamedTuple):
@@ -65,43 +34,16 @@ class Source(NamedTuple):
       lengths: of the scans around, outermost first.
       moved: whether its axes are no longer the parameter's.
       layered: see Place.
+      lookup: place of the lookup into the same table, of which this is a part of the head.
+      table: where the table's rows lie in this part.
     """
 
     leaf: int
     lengths: tuple[int, ...] = ()
     moved: bool = False
     layered: bool = True
-
-
-class Dense(NamedTuple):
-    """An equation that multiplies a row's input with a weight; ``tied`` names the lookup into the same matrix."""
-
-    place: int
-    axes: DenseAxes
-    tied: int | None
-
-
-class Lookup(NamedTuple):
-    """An equation that reads rows of a table; ``tied`` says that the table is a head, too."""
-
-    place: int
-    tied: bool
-
-
-class Scope(NamedTuple):
-    """One jaxpr (the model, the body of a scan, a checkpointed part) and what is to be done in it.
-
-    Attributes:
-      jaxpr: the program.
-      live: numbers of the equations that the result depends on.
-      copies: variable to the place whose copies replace it.
-      equations: number of an equation to what stands for it.
-    """
-
-    jaxpr: Any
-    live: frozenset[int]
-    copies: dict[Any, int]
-    equations: dict[int, Dense | Lookup | Scope]
+    lookup: int | None = None
+    table: TableView | None = None
 
 
 def find_uses(jaxpr: Any, names: Sequence[str], copy_limit: int = COPY_LIMIT) -> tuple[Scope, list[Place]]:
@@ -121,7 +63,7 @@ def find_uses(jaxpr: Any, names: Sequence[str], copy_limit: int = COPY_LIMIT) ->
     finder = _Finder(names, copy_limit)
     weights = {var: Source(leaf) for leaf, var in enumerate(jaxpr.invars[: len(names)])}
     rows = set(jaxpr.invars[len(names) :])
-    return finder.scope(jaxpr, weights, {}, rows), finder.places
+    return _ScopeFinder(finder, jaxpr, weights, {}, rows).find(), finder.places
 
 
 class _Finder:
@@ -135,24 +77,29 @@ class _Finder:
         self.places.append(Place(source.leaf, form, source.lengths, sizes, jaxprs.where(eqn), source.layered))
         return len(self.places) - 1
 
-    def scope(self, jaxpr: Any, weights: dict[Any, Any], derived: dict[Any, set[int]], rows: set[Any]) -> Scope:
-        """Plan one jaxpr.
+
+class _End(NamedTuple):
+    """Where a view of a table ends: equation, and the head's columns, or None of a lookup."""
+
+    equation: int
+    columns: np.ndarray | None
+
+
+class _ScopeFinder:
+    """Plans one jaxpr."""
+
+    def __init__(
+        self, finder: _Finder, jaxpr: Any, weights: dict[Any, Any], derived: dict[Any, set[int]], rows: set[Any]
+    ) -> None:
+        """See who uses what; nothing is planned yet.
 
         Args:
+          finder: the places found so far.
           jaxpr: the program.
           weights: its variables that are views of a parameter.
           derived: its variables that depend on parameters only, in another way -> leaves.
           rows: its variables that depend on the row.
         """
-        return _ScopeFinder(self, jaxpr, weights, derived, rows).find()
-
-
-class _ScopeFinder:
-    """Plans one jaxpr; see ``_Finder.scope``."""
-
-    def __init__(
-        self, finder: _Finder, jaxpr: Any, weights: dict[Any, Any], derived: dict[Any, set[int]], rows: set[Any]
-    ) -> None:
         self.finder, self.jaxpr, self.weights = finder, jaxpr, weights
         self.live = jaxprs.live_equations(jaxpr)
         self.rows = set(rows)
@@ -193,8 +140,10 @@ class _ScopeFinder:
     def _enter(self, index: int, eqn: Any) -> None:
         """Plan the jaxpr inside of an equation, if a parameter goes in."""
         weights = self.pending.get(index)
-        if weights is None:
-            return
+        if weights is not None:
+            self.equations[index] = self._inside(eqn, weights).find()
+
+    def _inside(self, eqn: Any, weights: dict[Any, Any]) -> _ScopeFinder:
         inner = eqn.params["jaxpr"]
         inner = inner if isinstance(inner, core.Jaxpr) else inner.jaxpr
         consts, carried = jaxprs.scan_inputs(eqn) if eqn.primitive is primitives.scan_p else (0, 0)
@@ -207,47 +156,54 @@ class _ScopeFinder:
                 rows.add(var)
             elif isinstance(outer, core.Var) and outer in self.derived:
                 derived[var] = self.derived[outer]
-        self.equations[index] = self.finder.scope(inner, weights, derived, rows)
+        return _ScopeFinder(self.finder, inner, weights, derived, rows)
 
     def follow(self, var: Any, source: Source) -> None:
         """Find where a view of a parameter meets the row."""
         uses = self.uses.get(var, [])
-        eqns: list[Any] = [self.jaxpr.eqns[index] if index >= 0 else None for index, _ in uses]
-        if not uses:
-            return
-        if len(uses) > 1:
-            if _disjoint_slices(eqns):
-                for eqn in eqns:
-                    self.follow(eqn.outvars[0], source._replace(moved=True))
+        if len(uses) == 1:
+            self._follow_use(*uses[0], var, source)
+        elif uses:
+            eqns = [self._equation(index) for index, _ in uses]
+            if are_disjoint_slices(eqns):
+                for use in uses:
+                    self._follow_use(*use, var, source)
             elif not self._tied(var, uses, source):
                 self._copy(var, source, eqns)
-            return
-        (index, position), eqn = uses[0], eqns[0]
+
+    def _equation(self, index: int) -> Any:
+        return self.jaxpr.eqns[index] if index >= 0 else None
+
+    def _follow_use(self, index: int, position: int, var: Any, source: Source) -> None:
+        eqn = self._equation(index)
         if eqn is None:
-            self._copy(var, source, eqns)
+            self._copy(var, source, [eqn])
         elif eqn.primitive is primitives.stop_gradient_p:
             return
         elif is_view(eqn):
-            moved = source.moved or eqn.primitive not in _STILL
+            table = None if source.table is None else source.table.through(eqn)
+            moved = source._replace(moved=source.moved or moves_axes(eqn), table=table)
             for out in eqn.outvars:
-                self.follow(out, source._replace(moved=moved))
+                self.follow(out, moved)
         elif eqn.primitive is primitives.remat_p:
             self.pending.setdefault(index, {})[eqn.params["jaxpr"].invars[position]] = source
-        elif eqn.primitive is primitives.scan_p and position >= sum(jaxprs.scan_inputs(eqn)):
+        elif _is_sliced(eqn, position):
             inner = eqn.params["jaxpr"].jaxpr.invars[position]
             over = (*source.lengths, eqn.params["length"])
             layered = source.layered and not source.moved
-            self.pending.setdefault(index, {})[inner] = source._replace(lengths=over, layered=layered)
+            table = None if source.table is None else source.table.over_scan()
+            self.pending.setdefault(index, {})[inner] = source._replace(lengths=over, layered=layered, table=table)
         elif self._is_dense(eqn, position):
-            axes = _dense_axes(eqn, position)
-            place = self.finder.add(
-                source, "dense", eqn, axes.sizes(eqn.invars[1 - position].aval.shape, var.aval.shape)
-            )
-            self.equations[index] = Dense(place, axes, None)
+            axes, sizes = _dense_axes(eqn, position)
+            tied, form = None, "dense"
+            if source.lookup is not None and source.table is not None:
+                columns = source.table.columns(axes, sizes)
+                tied, form = Tied(source.lookup, None if source.table.is_whole() else columns), "tied head"
+            self.equations[index] = Dense(self.finder.add(source, form, eqn, sizes), axes, tied)
         elif self._is_lookup(eqn, position):
             self.equations[index] = Lookup(self.finder.add(source, "lookup", eqn), False)
         else:
-            self._copy(var, source, eqns)
+            self._copy(var, source, [eqn])
 
     def _is_dense(self, eqn: Any, position: int) -> bool:
         other = eqn.invars[1 - position] if eqn.primitive is primitives.dot_general_p else None
@@ -268,42 +224,60 @@ class _ScopeFinder:
         )
 
     def _tied(self, var: Any, uses: Sequence[tuple[int, int]], source: Source) -> bool:
-        """Whether a matrix is looked up in once and is a head once; if so both are planned."""
-        ends = [end for end in (self._end(index, position) for index, position in uses) if end is not None]
-        if not len(ends) == len(uses) == 2:
+        """Whether a table is looked up in once and then is a head, in one piece or in parts; if so all of it is planned."""
+        if len(var.aval.shape) != 2:
             return False
-        found: dict[str, Any] = {}
-        for index, position, order in ends:
-            eqn = self.jaxpr.eqns[index]
-            if order == (0, 1) and self._is_lookup(eqn, position):
-                found["lookup"] = index, eqn
-            elif self._is_dense(eqn, position):
-                axes = _dense_axes(eqn, position)
-                sizes = axes.sizes(eqn.invars[1 - position].aval.shape, eqn.invars[position].aval.shape)
-                if sizes[0] == 1 and [order[axis] for axis in axes.free_axes()] == [0]:
-                    found["head"] = index, eqn, axes, sizes
-        if len(found) != 2 or found["lookup"][0] > found["head"][0]:
+        table = TableView.of(var.aval.shape[0])
+        ends = [self._ends(*use, table) for use in uses]
+        found = [end for some in ends for end in some or []]
+        lookups = [end for end in found if end.columns is None]
+        heads = [end for end in found if end.columns is not None]
+        if None in ends or len(lookups) != 1 or not heads or any(head.equation < lookups[0].equation for head in heads):
             return False
-        index, eqn = found["lookup"]
-        self.equations[index] = Lookup(self.finder.add(source, "tied lookup", eqn), True)
-        head, eqn, axes, sizes = found["head"]
-        self.equations[head] = Dense(self.finder.add(source, "tied head", eqn, sizes), axes, index)
+        if np.any(np.bincount(np.concatenate([np.flatnonzero(np.asarray(head.columns) >= 0) for head in heads])) > 1):
+            return False  # what two heads have in common is looked up in three times
+        (lookup,) = lookups
+        eqn = self.jaxpr.eqns[lookup.equation]
+        place = self.finder.add(source, "tied lookup", eqn)
+        self.equations[lookup.equation] = Lookup(place, True)
+        for use, some in zip(uses, ends, strict=True):
+            if some is not None and some[0].columns is not None:
+                self._follow_use(*use, var, source._replace(lookup=place, table=table))
         return True
 
-    def _end(
-        self, index: int, position: int, order: tuple[int, ...] = (0, 1)
-    ) -> tuple[int, int, tuple[int, ...]] | None:
-        """Follow a matrix through transposes and conversions: its last use, and which of its axes lies where."""
-        eqn = self.jaxpr.eqns[index] if index >= 0 else None
-        if eqn is None or len(eqn.invars[position].aval.shape) != 2:
+    def _ends(self, index: int, position: int, table: TableView) -> list[_End] | None:
+        """The lookup and the heads that one use of a view leads to; None where it leads to anything else."""
+        eqn = self._equation(index)
+        if eqn is None or eqn.primitive is primitives.stop_gradient_p:
             return None
-        if eqn.primitive is primitives.transpose_p:
-            order = tuple(order[axis] for axis in eqn.params["permutation"])
-        elif eqn.primitive not in (primitives.convert_element_type_p, primitives.copy_p) or not is_view(eqn):
-            return index, position, order
-        (out,) = eqn.outvars
-        uses = self.uses.get(out, [])
-        return self._end(*uses[0], order) if len(uses) == 1 else None
+        if is_view(eqn):
+            through = table.through(eqn)
+            return None if through is None else self._all_ends(eqn.outvars[0], through)
+        sliced = _is_sliced(eqn, position)
+        if sliced or eqn.primitive is primitives.remat_p:
+            seen = table.over_scan() if sliced else table
+            inner = eqn.params["jaxpr"]
+            var = (inner.jaxpr if sliced else inner).invars[position]
+            ends = None if seen is None else self._inside(eqn, {var: Source(0)})._all_ends(var, seen)
+            if ends is None or any(end.columns is None for end in ends):
+                return None  # a lookup inside of another program is none that a head outside could be tied to
+            return [end._replace(equation=index) for end in ends]
+        if self._is_dense(eqn, position):
+            columns = table.columns(*_dense_axes(eqn, position))
+            return None if columns is None else [_End(index, columns)]
+        return [_End(index, None)] if self._is_lookup(eqn, position) and table.is_whole() and table.width == 1 else None
+
+    def _all_ends(self, var: Any, table: TableView) -> list[_End] | None:
+        uses = self.uses.get(var, [])
+        if len(uses) > 1 and not are_disjoint_slices([self._equation(index) for index, _ in uses]):
+            return None
+        found: list[_End] = []
+        for use in uses:
+            ends = self._ends(*use, table)
+            if ends is None:
+                return None
+            found += ends
+        return found
 
     def _copy(self, var: Any, source: Source, eqns: Sequence[Any]) -> None:
         size = math.prod(var.aval.shape)
@@ -340,30 +314,16 @@ class _ScopeFinder:
                 made[var] = leaves
 
 
-def is_view(eqn: Any) -> bool:
-    """Whether an equation's results are views of its first variable, parts of it that do not overlap included.
-
-    The gradient with respect to a view has the entries of that with respect to the whole, which is zero elsewhere.
-    """
-    before, after = eqn.invars[0].aval, eqn.outvars[0].aval
-    if eqn.primitive is primitives.slice_p or eqn.primitive.name == "split":
-        return True
-    same = len(eqn.invars) == 1 and math.prod(before.shape) == math.prod(after.shape)
-    return eqn.primitive in _VIEWS and same and bool(jnp.issubdtype(after.dtype, jnp.floating))
+def _is_sliced(eqn: Any, position: int) -> bool:
+    """Whether a scan runs over what is in this position."""
+    return eqn.primitive is primitives.scan_p and position >= sum(jaxprs.scan_inputs(eqn))
 
 
-def _disjoint_slices(eqns: Sequence[Any]) -> bool:
-    """Whether all are slices, and no entry is in two of them."""
-    if any(eqn is None or eqn.primitive is not primitives.slice_p for eqn in eqns):
-        return False
-    boxes = [list(zip(eqn.params["start_indices"], eqn.params["limit_indices"], strict=True)) for eqn in eqns]
-    apart = lambda a, b: any(p <= q or r <= s for (s, p), (q, r) in zip(a, b, strict=True))  # noqa: E731
-    return all(apart(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
-
-
-def _dense_axes(eqn: Any, position: int) -> DenseAxes:
-    ranks = len(eqn.invars[1 - position].aval.shape), len(eqn.invars[position].aval.shape)
-    return DenseAxes(eqn.params["dimension_numbers"], position, ranks)
+def _dense_axes(eqn: Any, position: int) -> tuple[DenseAxes, tuple[int, int, int, int]]:
+    """Layout of a product, and E, T, I and O."""
+    x, u = (eqn.invars[place].aval.shape for place in (1 - position, position))
+    axes = DenseAxes(eqn.params["dimension_numbers"], position, (len(x), len(u)))
+    return axes, axes.sizes(x, u)
 
 
 _MODE = jax.lax.GatherScatterMode

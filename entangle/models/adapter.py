@@ -11,7 +11,7 @@ from flax import nnx
 
 from entangle import jaxprs
 from entangle.errors import UserError
-from entangle.models.language_model import next_token_log_probs
+from entangle.models.head import after_zero, log_probs_of
 from entangle.models.norms import at_least_float32
 from entangle.paths import named_leaves
 from entangle.types import LogProbFn, PairBatch, Params
@@ -75,7 +75,7 @@ def log_prob_function(
             shape = getattr(logits, "shape", type(logits).__name__)
             raise UserError(f"{type(module).__name__}: logits of shape {shape} for tokens of shape {tokens.shape}")
         logits = logits.astype(at_least_float32(logits.dtype))
-        per_token = next_token_log_probs(logits[:, :-1], tokens).reshape(batch.tokens.shape)
+        per_token = after_zero(log_probs_of(logits[:, :-1], tokens[:, 1:])).reshape(batch.tokens.shape)
         return jnp.where(batch.completion_mask, per_token, jnp.zeros_like(per_token)).sum(-1)
 
     return log_prob_fn, params

@@ -18,6 +18,7 @@ from entangle.errors import UserError
 from entangle.models.attention import Attention, Positions, rotation, sees
 from entangle.models.config import DecoderConfig
 from entangle.models.feed_forward import FEED_FORWARDS
+from entangle.models.head import head_logits
 from entangle.models.linear import INIT_SCALE, Dropout
 from entangle.models.norms import NORMS, at_least_float32
 
@@ -149,8 +150,7 @@ class Decoder(nnx.Module):
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Map hidden states ``[..., T, D]`` to logits ``[..., T, V]``, summed in at least float32."""
-        dtype = at_least_float32(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, self.table().astype(hidden.dtype), preferred_element_type=dtype)
+        return head_logits(hidden, self.table())
 
     def logits(self, tokens: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
         """Map tokens ``[..., T]`` to next-token logits ``[..., T, V]``; arguments as in :meth:`hidden_states`."""

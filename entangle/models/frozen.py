@@ -92,6 +92,9 @@ def on_frozen(model: LanguageModel, frozen: Params) -> LanguageModel:
         logits=of(model.logits),
         token_log_probs=of(model.token_log_probs),
         log_probs=of(model.log_probs),
+        token_statistics=lambda trained, reference, batch: model.token_statistics(
+            join_params(trained, frozen), join_params(reference, frozen), batch
+        ),
     )
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from entangle.models import head
 from entangle.models.config import DecoderConfig
 from entangle.models.decoder import Decoder
-from entangle.types import LogProbFn, PairBatch, Params
+from entangle.models.token_statistics import sliced_token_statistics, token_statistics
+from entangle.types import LogProbFn, PairBatch, PairTokenLogProbs, Params
 
 
 class LanguageModel(NamedTuple):
@@ -26,6 +27,8 @@ class LanguageModel(NamedTuple):
         nats: position t holds ``log p(token_t | tokens < t)``, position 0 holds 0.
       log_probs: parameters and a PairBatch with leaves ``[B, R, T]`` to ``[B, R]``, in nats: the sum of
         ``token_log_probs`` over the completion mask.
+      token_statistics: parameters, a reference's parameters and a PairBatch to PairTokenLogProbs, see
+        ``models.token_statistics``.
     """
 
     config: DecoderConfig
@@ -34,9 +37,12 @@ class LanguageModel(NamedTuple):
     logits: Callable[[Params, jax.Array], jax.Array]
     token_log_probs: Callable[..., jax.Array]
     log_probs: LogProbFn
+    token_statistics: Callable[[Params, Params, PairBatch], PairTokenLogProbs]
 
 
-def language_model(config: DecoderConfig) -> LanguageModel:
+def language_model(
+    config: DecoderConfig, *, completion_length: int | None = None, chunk: int | None = None, shards: int = 1
+) -> LanguageModel:
     """Make the pure functions of a decoder.
 
     Logits and log-probabilities are float32, or float64 when the parameters are. A token of V or more makes its row NaN;
@@ -44,16 +50,26 @@ def language_model(config: DecoderConfig) -> LanguageModel:
 
     Args:
       config: the shapes.
+      completion_length: tokens of the longest completion, so many positions a row meet the head in ``log_probs``, where a
+        row that has more of them is NaN; None takes all positions.
+      chunk: entries of the vocabulary that the head multiplies at a time in all but ``logits``, which then hold no logits
+        of the others; None, or V or more, takes all at once.
+      shards: parts in which the head's matrix lies on a mesh, along the vocabulary.
 
     Returns:
       The functions.
 
+    Raises:
+      UserError: a length is below 1, or the shards do not divide the vocabulary.
+
     Example:
+      >>> import jax.numpy as jnp
       >>> model = language_model(DecoderConfig(vocab_size=10, max_positions=8, width=4, layers=1, heads=2))
       >>> params = model.init(jax.random.key(0))
       >>> model.token_log_probs(params, jnp.zeros((3, 2, 5), jnp.int32)).shape
       (3, 2, 5)
     """
+    head.check_head(config.vocab_size, completion_length=completion_length, chunk=chunk, shards=shards)
     graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, nnx.Rngs(0))))
 
     def init(key: jax.Array) -> Params:
@@ -65,20 +81,25 @@ def language_model(config: DecoderConfig) -> LanguageModel:
     def logits(params: Params, tokens: jax.Array) -> jax.Array:
         return nnx.merge(graph, params).logits(tokens)
 
-    def token_log_probs(params: Params, tokens: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
+    def head_inputs(params: Params, tokens: jax.Array, seeds: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         decoder = nnx.merge(graph, params)
-        # The last position predicts nothing that is asked for; the head is the widest product of a small model.
-        return next_token_log_probs(decoder.head(decoder.hidden_states(tokens, seeds)[..., :-1, :]), tokens)
+        return decoder.hidden_states(tokens, seeds), decoder.table()
+
+    def token_log_probs(params: Params, tokens: jax.Array, seeds: jax.Array | None = None) -> jax.Array:
+        return head.token_log_probs(*head_inputs(params, tokens, seeds), tokens, chunk=chunk, shards=shards)
 
     def log_probs(params: Params, batch: PairBatch, /) -> jax.Array:
-        per_token = token_log_probs(params, batch.tokens, batch.seeds)
-        return jnp.where(batch.completion_mask, per_token, jnp.zeros_like(per_token)).sum(-1)
+        return head.completion_log_probs(
+            *head_inputs(params, batch.tokens, batch.seeds),
+            batch.tokens,
+            batch.completion_mask,
+            completion_length=completion_length,
+            chunk=chunk,
+            shards=shards,
+        )
 
-    return LanguageModel(config, init, hidden_states, logits, token_log_probs, log_probs)
-
-
-def next_token_log_probs(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Map logits ``[..., T - 1, V]`` and tokens ``[..., T]`` to ``[..., T]`` with 0 at position 0."""
-    taken = jnp.take_along_axis(logits, tokens[..., 1:, None], axis=-1)[..., 0]
-    later = taken - jax.nn.logsumexp(logits, axis=-1)
-    return jnp.concatenate([jnp.zeros_like(later, shape=(*tokens.shape[:-1], 1)), later], axis=-1)
+    if chunk is None or chunk >= config.vocab_size:
+        statistics = token_statistics(logits)
+    else:
+        statistics = sliced_token_statistics(head_inputs, chunk=chunk, shards=shards)
+    return LanguageModel(config, init, hidden_states, logits, token_log_probs, log_probs, statistics)

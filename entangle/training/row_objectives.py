@@ -117,7 +117,7 @@ def masked_rows(
       >>> from entangle import losses, models, training
       >>> model = models.language_model(models.DecoderConfig(vocab_size=9, max_positions=4, width=4, layers=1, heads=1))
       >>> params = {"policy": model.init(jax.random.key(0)), "mask": losses.init_mask(4)}
-      >>> rows_fn = training.masked_rows(models.token_statistics(model.logits), model.hidden_states)
+      >>> rows_fn = training.masked_rows(model.token_statistics, model.hidden_states)
       >>> objective, reference = lambda rows: losses.masked_dpo(*rows), training.frozen_copy()
       >>> gradient_fn = jax.jit(training.row_gradients(rows_fn, objective, reference, with_geometry=False))
       >>> memory = training.preference_memory(objective, params, reference)

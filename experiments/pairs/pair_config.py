@@ -37,6 +37,8 @@ class PairSettings:
       changes: whether the same is done on the batch's own pairs, beside the prediction from the geometry; it makes a step
         about twice as long.
       eval_batch: pairs at a time in scores and evaluations; less takes less memory.
+      head_chunk: entries of the vocabulary that the head multiplies at a time; less takes less memory. A vocabulary larger
+        than this meets the positions in front of completion tokens alone; one up to this is multiplied at once.
       sft: supervised fine-tuning on the chosen completions.
       preference: preference optimisation.
       data_dir: where TFDS keeps the prepared pair sets; by default its own folder.
@@ -52,6 +54,7 @@ class PairSettings:
     probe_pairs: int = 16
     changes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
     eval_batch: int = 8
+    head_chunk: int = 8192
     sft: StageConfig = StageConfig(100, 32, OptimizerConfig(learning_rate=1e-3), checkpoint_every=100)
     preference: StageConfig = StageConfig(
         120, 32, OptimizerConfig(learning_rate=2e-5), eval_every=20, checkpoint_every=40

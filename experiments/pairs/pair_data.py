@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ def check(settings: PairSettings) -> None:
     """
     losses.get_objective(settings.objective, **settings.objective_args)
     training.pair_chain(settings.pair_chain, **settings.pair_chain_args)
-    counts = ("eval_batch", "max_length", "train_pairs", "held_out_pairs")
+    counts = ("eval_batch", "head_chunk", "max_length", "train_pairs", "held_out_pairs")
     for name in ("seeds", *counts) if isinstance(settings, PairConfig) else counts:
         if getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: at least one is needed")
@@ -97,6 +97,28 @@ def load_checkpoint(settings: PairSettings, folder: str) -> Checkpoint:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {shape.vocab_size}")
     check_length(settings, folder, shape)
     return Checkpoint(models.language_model(shape), params, tokenizer)
+
+
+def with_head(
+    settings: PairSettings, model: models.LanguageModel, pairs: Iterable[stages.PreferenceData]
+) -> models.LanguageModel:
+    """A model whose head is that of ``--head-chunk``, for all completions of these pairs.
+
+    Example:
+      >>> import numpy as np
+      >>> from entangle import data, models
+      >>> from experiments.pairs import stages
+      >>> from experiments.pairs.pair_config import PairSettings
+      >>> from experiments.pairs.pair_data import with_head
+      >>> model = models.language_model(models.preset("tiny", 300))
+      >>> with_head(PairSettings(), model, []) is model  # a small vocabulary
+      True
+    """
+    if model.config.vocab_size <= settings.head_chunk:
+        return model
+    masks = [split.completion_mask for both in pairs for split in both]
+    longest = max((int(mask.sum(-1).max()) for mask in masks), default=None)
+    return models.language_model(model.config, completion_length=longest, chunk=settings.head_chunk)
 
 
 def encode(

@@ -105,6 +105,7 @@ def gather_sets(settings: CorpusSettings, sets: Sequence[str]) -> Materials:
         )
         # No end-of-text token: it would be an identical suffix of one token, also in single_token.
         pairs[name], report[name] = pair_data.encode(settings, tokenizer, name, train, held_out, add_eos=False)
+    model = pair_data.with_head(settings, model, pairs.values())
     return Materials(tokenizer, model, checkpoint, text, pairs, report)
 
 

@@ -66,8 +66,8 @@ def base_fingerprint(config: TrialConfig) -> str:
 
 
 def data_fingerprint(config: TrialConfig) -> str:
-    """Trials with the same one have the same pairs and base model."""
-    return fingerprint(_part(config, (*BASE, "pair_set", "train_pairs", "held_out_pairs")))
+    """Trials with the same one have the same pairs and base model, and the same head."""
+    return fingerprint(_part(config, (*BASE, "pair_set", "train_pairs", "held_out_pairs", "head_chunk")))
 
 
 def start_fingerprint(config: TrialConfig) -> str:

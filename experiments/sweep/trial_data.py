@@ -80,6 +80,7 @@ def _from_file(config: TrialConfig) -> Materials:
         pair_data.check_size("base", config.base, windows, f"windows of {config.max_length} tokens")
         pairs, report = preference_files.encode_records(config, tokenizer, records, trained)
     name = preference_files.PAIR_SET
+    model = pair_data.with_head(config, model, [pairs])
     return Materials(tokenizer, model, checkpoint, text, {name: pairs}, {name: report})
 
 

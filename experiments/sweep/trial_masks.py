@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from entangle import data, losses, models, training
+from entangle import data, losses, training
 from entangle.models import LanguageModel
 from entangle.training.gradients import GradientFn, PairRule
 from entangle.types import LogProbFn, PairBatch, PairTokenLogProbs, Params
@@ -70,7 +70,7 @@ def learned_masks(
     def objective(rows: tuple[PairTokenLogProbs, jax.Array]) -> jax.Array:
         return losses.masked_dpo(*rows, beta=beta, sparsity=sparsity)
 
-    rows_fn = training.masked_rows(models.token_statistics(model.logits), model.hidden_states)
+    rows_fn = training.masked_rows(model.token_statistics, model.hidden_states)
 
     def init(start: Params) -> Params:
         return {"policy": start, "mask": losses.init_mask(model.config.width)}

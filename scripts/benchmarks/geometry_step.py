@@ -22,7 +22,7 @@ from entangle.models import DecoderConfig, language_model, preset
 from entangle.training import PreferenceExamples
 from entangle.training.gradients import pair_log_probs
 from entangle.types import LogProbFn, Params
-from scripts.benchmarks.measuring import Contender
+from scripts.benchmarks.measuring import Contender, compiled_contender
 from scripts.benchmarks.step import BETA, LENGTH, PAIRS, draw_examples
 
 # Of norms. In float32: sums over 124 million products, whose order differs. In bfloat16 a cotangent has 8 bits, and the two
@@ -109,11 +109,4 @@ def contenders(model: Model, pairs: int, length: int, dtype: str = "float32") ->
     for name in ("geometry", "apart"):
         for one, other in zip(compiled[name](params, examples)[2], exact, strict=True):
             np.testing.assert_array_less(abs(one - other) / norms, AGREEMENT[dtype])
-    return tuple(_contender(name, function, (params, examples)) for name, function in compiled.items())
-
-
-def _contender(name: str, compiled: Any, arguments: tuple[Any, ...]) -> Contender:
-    memory = compiled.memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    run: Callable[[], float] = lambda: float(jax.block_until_ready(compiled(*arguments))[0])  # noqa: E731
-    return Contender(name, run, peak - memory.alias_size_in_bytes)
+    return tuple(compiled_contender(name, function, (params, examples)) for name, function in compiled.items())

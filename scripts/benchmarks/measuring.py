@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from tqdm import tqdm
 
 
@@ -46,6 +47,20 @@ class Contender(NamedTuple):
     name: str
     run: Callable[[], float]
     memory: int | None = None
+
+
+def compiled_contender(name: str, compiled: Any, arguments: tuple[Any, ...]) -> Contender:
+    """A compiled program whose first result is the loss; memory is that of arguments, results and temporaries.
+
+    Args:
+      name: of the contender.
+      compiled: the program, from ``jax.jit(...).lower(...).compile()``.
+      arguments: of the program.
+    """
+    memory = compiled.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    run: Callable[[], float] = lambda: float(jax.block_until_ready(compiled(*arguments))[0])  # noqa: E731
+    return Contender(name, run, peak - memory.alias_size_in_bytes)
 
 
 class Benchmark(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from scripts.benchmarks import (
+    chunked_head,
     geometry_offline,
     geometry_step,
     objectives,
@@ -66,6 +67,16 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         warm_up=1,
         runs=5,
         tolerance=1e-4,
+    ),
+    "chunked_head": Benchmark(
+        summary="log-probabilities and gradients of a head of 128,256 tokens in slices, 4 rows of 1,024, against it whole",
+        extra="train",
+        modules=("flax",),
+        packages=("jax", "jaxlib", "flax"),
+        prepare=chunked_head.prepare,
+        warm_up=1,
+        runs=5,
+        tolerance=1e-5,
     ),
     "objectives": Benchmark(
         summary="all objectives and coefficients, 4,096 pairs, float32, against GPT-2 small's forward on 1 pair of 128 tokens",

@@ -132,19 +132,6 @@ def test_steps_have_their_length_and_the_pairs_own_direction():
     np.testing.assert_allclose(changes["adam_first"]["pcgrad"].realised, [[np.sqrt(2) * 1e-3, 0.0]], atol=1e-9)
 
 
-def test_the_head_at_the_completions_alone_gives_the_models_own_log_probabilities():
-    config = models.DecoderConfig(vocab_size=11, max_positions=9, width=8, layers=1, heads=2)
-    model = models.language_model(config)
-    params = jax.tree.map(lambda leaf: 20 * leaf, model.init(jax.random.key(0)))
-    tokens = jax.random.randint(jax.random.key(1), (3, 2, 9), 0, 11, jnp.int32)
-    first, count = np.array([[1, 8], [6, 3], [4, 4]]), np.array([[3, 1], [3, 2], [1, 3]])
-    at = np.arange(9)
-    mask = (at >= first[..., None]) & (at < (first + count)[..., None])
-    pairs = PairBatch(tokens, jnp.asarray(mask))
-    found = one_step.completion_log_probs(model, 3)(params, pairs)
-    np.testing.assert_allclose(found, model.log_probs(params, pairs), rtol=1e-5)
-
-
 def base_model(folder):
     """A checkpoint whose tokenizer knows the labels; the smallest model compiles fastest."""
     tokenizer = data.train_bpe([f"{word} {word}." for word in ("positive", "negative")] * 9, 300)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from entangle import models
+from entangle.models.token_statistics import sliced_token_statistics
 from tests.toy import draw_pairs
 
 MODEL = models.language_model(models.DecoderConfig(vocab_size=11, max_positions=12, width=8, layers=1, heads=2))
@@ -88,3 +89,31 @@ def test_what_is_certain_stays_finite():
     np.testing.assert_allclose(tokens.kl[..., 1:], np.log(11), rtol=1e-6)
     slopes = jax.grad(lambda p: jnp.sum(models.token_statistics(unigram)(p, sure, PAIRS).kl))(jnp.zeros(11))
     assert bool(jnp.all(jnp.isfinite(slopes)))
+
+
+def test_heads_in_slices_give_the_same_numbers_and_gradients():
+    """23 in slices of 6 at most is 4 of 5, and 3 entries left over."""
+    rng = np.random.default_rng(0)
+    batch = draw_pairs(0, pairs=3, length=9, vocab=23)
+    with jax.enable_x64(True):
+        hidden = jnp.asarray(rng.standard_normal((3, 2, 9, 4)))
+        policy, reference = (jnp.asarray(2 * rng.standard_normal((23, 4))) for _ in range(2))
+        weights = jnp.asarray(rng.standard_normal((4, 3, 2, 9)))
+
+        def weighed(statistics, params):
+            found = statistics(params, reference, batch)
+            said = (found.log_probs, found.ref_log_probs, found.log_sum_squares, found.kl)
+            return sum(jnp.sum(w * x) for w, x in zip(weights, said, strict=True)), said
+
+        whole = models.token_statistics(lambda table, tokens: hidden @ table.T)
+        sliced = sliced_token_statistics(lambda table, tokens: (hidden, table), chunk=6)
+        both = [jax.jit(jax.grad(lambda p, s=s: weighed(s, p), has_aux=True))(policy) for s in (sliced, whole)]
+        for one, other in zip(*map(jax.tree.leaves, both), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-12)
+
+
+def test_a_model_in_slices_has_its_statistics_in_slices(found):
+    params, reference, tokens = found
+    sliced = models.language_model(MODEL.config, chunk=4)
+    for one, other in zip(jax.jit(sliced.token_statistics)(params, reference, PAIRS), tokens, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
