@@ -17,7 +17,7 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-from entangle import command_line, distributed, sharding
+from entangle import command_line, distributed, models, sharding
 from entangle.errors import UserError
 from entangle.training import OptimizerConfig, StageConfig
 from experiments.pairs import pair_data, pair_runs, placement, preference_files, references, stages
@@ -36,6 +36,9 @@ class PreferencesConfig(PairConfig):
       held_out: a second file to evaluate on; without it every eighth prompt of --data is held out.
       model: local Hugging Face checkpoint folder with its tokenizer.
       sft_first: whether SFT on the chosen completions comes before; else the checkpoint itself is start and reference.
+      lora: none, or low-rank adapters that alone are trained, on the frozen checkpoint: paper, attention, all, or fields such
+        as rank=16,alpha=32,targets=query+value,dropout=0.05. They are left beside the run in PEFT's format.
+      dtype: of the frozen checkpoint under adapters, of activations and products: float32 or bfloat16.
       mesh: how the devices are laid out, sizes of data, fsdp and tensor such as data=2,fsdp=4; by default one device is
         used, and by several processes all, with fsdp. A run may go on on another one.
     """
@@ -51,6 +54,8 @@ class PreferencesConfig(PairConfig):
         500, 16, OptimizerConfig(learning_rate=5e-6), eval_every=50, checkpoint_every=50
     )
     sft_first: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
+    lora: str = "none"
+    dtype: str = "float32"
     mesh: str = ""
 
 
@@ -72,12 +77,14 @@ def presets() -> dict[str, PreferencesConfig]:
     """The named defaults.
 
     ``default`` has the learning rates and batch sizes of arXiv 2410.13828 for GPT-2 sized models and larger (one epoch is
-    the data's affair: ``--preference.steps``); ``smoke`` makes ten steps, to see that all is in place.
+    the data's affair: ``--preference.steps``); ``paper`` is its setting for Figures 1 and 2 (adapters on the instruction-tuned
+    models of 7 and 8 billion parameters in bfloat16, 16 pairs a step, 2048 held-out pairs every 200 steps); ``smoke`` makes
+    ten steps, to see that all is in place.
 
     Example:
       >>> from experiments.preferences import presets
       >>> list(presets())
-      ['default', 'smoke']
+      ['default', 'smoke', 'paper']
     """
     default = PreferencesConfig()
     smoke = dataclasses.replace(
@@ -90,11 +97,26 @@ def presets() -> dict[str, PreferencesConfig]:
         sft=dataclasses.replace(default.sft, steps=8, batch_size=8),
         preference=dataclasses.replace(default.preference, steps=10, batch_size=8, eval_every=5),
     )
-    return {preset.preset: preset for preset in (default, smoke)}
+    paper = dataclasses.replace(
+        default,
+        preset="paper",
+        lora="paper",
+        dtype="bfloat16",
+        sft_first=False,
+        max_length=512,
+        train_pairs=10**6,
+        held_out_pairs=2048,
+        preference=dataclasses.replace(default.preference, steps=5000, eval_every=200, checkpoint_every=200),
+    )
+    return {preset.preset: preset for preset in (default, smoke, paper)}
 
 
-def gather(settings: PreferencesConfig) -> Materials:
+def gather(settings: PreferencesConfig, place: placement.Placement = placement.FIRST_DEVICE) -> Materials:
     """Read, check and encode everything that a wrong flag or file can spoil, before anything is written.
+
+    Args:
+      settings: the configuration.
+      place: where a frozen base is to lie.
 
     Raises:
       UserError: bad input.
@@ -106,7 +128,16 @@ def gather(settings: PreferencesConfig) -> Materials:
     ):
         if not getattr(settings, name):
             raise UserError(f"name {what} with --{name}")
-    checkpoint = pair_data.load_checkpoint(settings, settings.model)
+    lora = models.lora_config(settings.lora)
+    if settings.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {settings.dtype}: choose from float32, bfloat16")
+    if lora is None and settings.dtype != "float32":
+        raise UserError(f"--dtype {settings.dtype}: parameters that are trained are float32; give adapters with --lora")
+    checkpoint = (
+        pair_data.load_checkpoint(settings, settings.model)
+        if lora is None
+        else pair_data.with_adapters(settings, settings.model, lora, settings.dtype, place)
+    )
     records = preference_files.read_records(settings.data, settings.held_out)
     trained = ("sft", "preference") if settings.sft_first else ("preference",)
     pairs, report = preference_files.encode_records(settings, checkpoint.tokenizer, records, trained)
@@ -129,7 +160,7 @@ def run(settings: PreferencesConfig) -> list[Path]:
     if where.mesh is not None:
         for stage in ("sft", "preference") if settings.sft_first else ("preference",):
             sharding.check_pairs(where.mesh, getattr(settings, stage).batch_size, f"--{stage}.batch-size")
-    checkpoint, pairs, lines = distributed.writer_first(lambda: gather(settings))
+    checkpoint, pairs, lines = distributed.writer_first(lambda: gather(settings, where))
     experiment = pair_runs.open_folder(settings, PAIR_SET, {PAIR_SET: pairs}, {PAIR_SET: lines})
     tracker = pair_runs.trackers(settings)
     pair_runs.run_all(settings, checkpoint, {PAIR_SET: pairs}, tracker, sft_first=settings.sft_first, place=where)

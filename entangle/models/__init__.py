@@ -11,10 +11,10 @@ extras.require("train", "flax", "safetensors")
 from entangle.models.adapter import log_prob_function
 from entangle.models.config import DecoderConfig, Rope, RopeScaling
 from entangle.models.decoder import Decoder, layer_of
-from entangle.models.frozen import is_adapter, join_params, on_frozen, split_params
+from entangle.models.frozen import checksum, is_adapter, join_params, on_frozen, split_params
 from entangle.models.huggingface import load_pretrained, save_pretrained
 from entangle.models.language_model import LanguageModel, language_model
-from entangle.models.lora import LORA_PRESETS, LoraConfig
+from entangle.models.lora import LORA_PRESETS, LoraConfig, lora_config
 from entangle.models.peft import load_adapters, merge_adapters, save_adapters
 from entangle.models.presets import PRESETS, VOCABULARIES, preset
 from entangle.models.token_statistics import token_statistics
@@ -29,6 +29,7 @@ __all__ = [
     "LoraConfig",
     "Rope",
     "RopeScaling",
+    "checksum",
     "is_adapter",
     "join_params",
     "language_model",
@@ -36,6 +37,7 @@ __all__ = [
     "load_adapters",
     "load_pretrained",
     "log_prob_function",
+    "lora_config",
     "merge_adapters",
     "on_frozen",
     "preset",

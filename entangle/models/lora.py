@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from entangle.errors import UserError
 
@@ -64,3 +65,46 @@ LORA_PRESETS: Mapping[str, LoraConfig] = {
     "all": LoraConfig(rank=16, alpha=32.0, targets=("query", "key", "value", "out", "gate", "up", "down")),
 }
 """Table of adapters that go by a name; ``paper`` is that of Yuan et al., arXiv 2410.13828."""
+
+
+def lora_config(text: str) -> LoraConfig | None:
+    """Adapters as a command line names them.
+
+    Args:
+      text: ``none``, a name of ``LORA_PRESETS``, or fields such as ``rank=16,alpha=32,targets=query+value,dropout=0.05``, of
+        which a preset's name may come first.
+
+    Raises:
+      UserError: there is no such preset or field, or a value is none of its field.
+
+    Example:
+      >>> lora_config("none"), lora_config("paper,rank=8").rank, lora_config("rank=4,alpha=8,targets=query+down").targets
+      (None, 8, ('query', 'down'))
+    """
+    if text == "none":
+        return None
+    first, _, rest = text.partition(",")
+    fields: dict[str, Any] = {}
+    if "=" in first:
+        rest = text
+    elif first in LORA_PRESETS:
+        fields = dataclasses.asdict(LORA_PRESETS[first])
+    else:
+        raise UserError(
+            f"LoRA {text!r}: choose from none, {', '.join(LORA_PRESETS)}, or write rank=16,alpha=32,targets=..."
+        )
+    kinds: Mapping[str, Callable[[str], Any]] = {
+        "rank": int,
+        "alpha": float,
+        "targets": lambda names: tuple(names.split("+")),
+        "dropout": float,
+    }
+    for part in filter(None, rest.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            fields[name] = kinds[name](value)
+        except (KeyError, ValueError):
+            raise UserError(f"LoRA {text!r}: {part!r} is none of rank=, alpha=, targets= and dropout=") from None
+    if missing := [name for name in ("rank", "alpha", "targets") if name not in fields]:
+        raise UserError(f"LoRA {text!r}: {' and '.join(missing)} missing")
+    return LoraConfig(**fields)

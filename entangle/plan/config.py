@@ -33,7 +33,7 @@ class PlanConfig:
       pair_chain_args: its settings by name.
       geometry: the exact geometry of every pair at every step; its cost is told against a step without it.
       changes: what every step did to its batch, to first order and in fact; it makes a step about twice as long.
-      lora: none, or adapters by the name of ``models.LORA_PRESETS``; without adapters all parameters are trained.
+      lora: none, or adapters as ``models.lora_config`` reads them, such as paper; without them all parameters are trained.
       max_length: T, tokens of a row.
       batch_size: pairs a step, on all chips together.
       optimizer: how the parameters move.

@@ -62,8 +62,6 @@ def decoder(settings: PlanConfig) -> DecoderConfig:
         config = read_config(Path(settings.model, "config.json"))[1]
     else:
         config = models.preset(settings.model, settings.vocab_size or None)
-    if settings.lora not in ("none", *models.LORA_PRESETS):
-        raise UserError(f"--lora {settings.lora}: choose from none, {', '.join(models.LORA_PRESETS)}")
     for flag in ("dtype", "frozen_dtype", "compute_dtype"):
         if getattr(settings, flag) not in DTYPES:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(settings, flag)}: choose from {', '.join(DTYPES)}")
@@ -73,7 +71,7 @@ def decoder(settings: PlanConfig) -> DecoderConfig:
         raise UserError(f"--batch-size {settings.batch_size}: at least one pair is needed")
     return dataclasses.replace(
         config,
-        lora=models.LORA_PRESETS.get(settings.lora),
+        lora=models.lora_config(settings.lora),
         scan_layers=True,
         remat=settings.remat,
         compute_dtype=settings.compute_dtype,

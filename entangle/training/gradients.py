@@ -56,10 +56,12 @@ class TokenBatch(NamedTuple):
     Attributes:
       tokens: ``[B, T]`` int32.
       mask: ``[B, T]`` bool, true at the positions whose token is predicted.
+      seeds: ``[B]`` uint32, what each row draws its dropout from; None where nothing is dropped.
     """
 
     tokens: jax.Array
     mask: jax.Array
+    seeds: jax.Array | None = None
 
 
 class PreferenceExamples(NamedTuple):
@@ -183,11 +185,12 @@ def reward_scale(objective: Objective) -> float:
     return float(parameter.default) if parameter and isinstance(parameter.default, (int, float)) else 1.0
 
 
-def likelihood_gradients(token_log_probs_fn: Callable[[Params, jax.Array], jax.Array]) -> GradientFn:
+def likelihood_gradients(token_log_probs_fn: Callable[..., jax.Array]) -> GradientFn:
     """Maximum likelihood: mean negative log-probability over all masked tokens of the batch (pretraining and SFT).
 
     Args:
-      token_log_probs_fn: params and tokens ``[B, T]`` to log-probabilities ``[B, T]``.
+      token_log_probs_fn: params, tokens ``[B, T]`` and, where the batch has some, seeds ``[B]`` to log-probabilities
+        ``[B, T]``.
 
     Returns:
       A GradientFn over TokenBatch; metrics are ``loss`` (nats a token) and ``perplexity``.
@@ -202,7 +205,8 @@ def likelihood_gradients(token_log_probs_fn: Callable[[Params, jax.Array], jax.A
     """
 
     def loss_fn(params: Params, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
-        log_probs = jnp.where(batch.mask, token_log_probs_fn(params, batch.tokens), 0.0)
+        seeds = () if batch.seeds is None else (batch.seeds,)
+        log_probs = jnp.where(batch.mask, token_log_probs_fn(params, batch.tokens, *seeds), 0.0)
         count = jnp.sum(batch.mask, dtype=log_probs.dtype)
         return -jnp.sum(log_probs) / jnp.maximum(count, 1.0), -jnp.sum(log_probs, axis=-1)
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
-from entangle import data, losses, models, training
+import jax
+from jax.sharding import Mesh
+
+from entangle import data, losses, models, sharding, training
 from entangle.data import PreferenceRecord
 from entangle.errors import UserError
 from entangle.training import StageConfig
 from entangle.types import Params
 from experiments.pairs import stages
 from experiments.pairs.pair_config import PairConfig, PairSettings
+from experiments.pairs.placement import Placement
 
 
 class Checkpoint(NamedTuple):
@@ -21,13 +28,15 @@ class Checkpoint(NamedTuple):
 
     Attributes:
       model: the policy.
-      params: its parameters.
+      params: its trained parameters.
       tokenizer: the one that its tokens come from.
+      frozen: its other parameters, where they lie in training; none but under adapters.
     """
 
     model: models.LanguageModel
     params: Params
     tokenizer: data.Tokenizer
+    frozen: Params = MappingProxyType({})
 
 
 def check(settings: PairSettings) -> None:
@@ -92,11 +101,44 @@ def load_checkpoint(settings: PairSettings, folder: str) -> Checkpoint:
       UserError: a file is missing or broken, another architecture, a tokenizer or rows that do not fit the model.
     """
     shape, params = models.load_pretrained(folder)
+    return Checkpoint(models.language_model(shape), params, _tokenizer(settings, folder, shape))
+
+
+def _tokenizer(settings: PairSettings, folder: str, shape: models.DecoderConfig) -> data.Tokenizer:
     tokenizer = data.load_tokenizer(folder)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {shape.vocab_size}")
     check_length(settings, folder, shape)
-    return Checkpoint(models.language_model(shape), params, tokenizer)
+    return tokenizer
+
+
+def with_adapters(
+    settings: PairSettings, folder: str, lora: models.LoraConfig, dtype: str, place: Placement
+) -> Checkpoint:
+    """Read a checkpoint folder as a frozen base, every device its own part, with new adapters on it.
+
+    Args:
+      settings: the configuration.
+      folder: see :func:`load_checkpoint`.
+      lora: the adapters.
+      dtype: of the base, and of activations and products; adapters are float32.
+      place: where the base lies.
+
+    Raises:
+      UserError: as :func:`load_checkpoint`; an adapter's target is no matrix of this model; the mesh does not divide it.
+    """
+    shardings = None if place.mesh is None else functools.partial(_base_shardings, place.mesh)
+    shape, base = models.load_pretrained(
+        folder, dtype=dtype, shardings=shardings, scan_layers=True, remat="full", compute_dtype=dtype
+    )
+    tokenizer = _tokenizer(settings, folder, shape)
+    model = models.language_model(dataclasses.replace(shape, lora=lora))
+    adapters = jax.jit(lambda key: models.split_params(model.init(key))[0])(jax.random.key(0))
+    return Checkpoint(model, jax.device_get(adapters), tokenizer, base)
+
+
+def _base_shardings(mesh: Mesh, config: models.DecoderConfig, shapes: Params) -> Params:
+    return sharding.shardings(shapes, mesh)
 
 
 def with_head(

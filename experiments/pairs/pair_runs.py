@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from entangle import distributed, losses, training
+from entangle import distributed, losses, models, training
 from entangle.training import RunFolder
 from entangle.types import Params
 from experiments import figures
@@ -17,6 +18,10 @@ from experiments.pairs.placement import FIRST_DEVICE, Placement
 
 AfterRun = Callable[[Path, stages.PreferenceData, Params, Params], None]
 """Called once a set, for seed 0: the set's folder, its pairs, the parameters before and after preference optimisation."""
+
+
+ADAPTERS = "adapter"
+"""Folder beside a run's, in which its trained adapters are left as PEFT reads them."""
 
 
 def trackers(settings: PairConfig) -> stages.TrackerFactory:
@@ -104,7 +109,7 @@ def run_all(
       UserError: a folder holds another run, or the reference cache another reference's log-probabilities.
       NonFiniteError: see ``training.train``.
     """
-    sft = stages.likelihood_program(base.model, settings.sft, place)
+    sft = stages.likelihood_program(base.model, settings.sft, place, base.frozen)
     objective = losses.get_objective(settings.objective, **settings.objective_args)
     preference = stages.preference_program(
         base.model,
@@ -114,11 +119,14 @@ def run_all(
         changes=settings.changes,
         eval_batch=settings.eval_batch,
         place=place,
+        frozen=base.frozen,
     )
+    lora = base.model.config.lora
+    on = {"frozen": models.checksum(base.frozen), "lora": dataclasses.asdict(lora)} if lora else {}
     for pair_set, both in pairs.items():
         for seed in range(settings.seeds):
             folder = settings.out / pair_set / f"seed{seed}"
-            supervised, preferred = identities(settings, pair_set, both, seed)
+            supervised, preferred = ({**one, **on} for one in identities(settings, pair_set, both, seed))
             start = base.params
             if sft_first:
                 start = stages.supervise(folder / "sft", base.model, sft, start, both.train, supervised, tracker)
@@ -134,6 +142,8 @@ def run_all(
                     settings, base._replace(params=start), pair_set, both, seed if sft_first else None
                 ),
             )
+            if lora is not None and distributed.is_writer() and not (folder / ADAPTERS).exists():
+                models.save_adapters(folder / ADAPTERS, base.model.config, end, base=getattr(settings, "model", ""))
             if seed == 0 and after is not None:
                 after(folder, both, start, end)
 

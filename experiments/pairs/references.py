@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from entangle import training
+from entangle import models, training
 from experiments.pairs import stages
 from experiments.pairs.pair_config import PairConfig
 from experiments.pairs.pair_data import Checkpoint
@@ -46,6 +46,8 @@ def find(
     if settings.reference_cache is None:
         return None
     config = dataclasses.asdict(reference.model.config)
+    if reference.frozen:
+        config["frozen"] = models.checksum(reference.frozen)
     made_from = training.reference_fingerprint(
         config, reference.params, reference.tokenizer.fingerprint, both._asdict()
     )

@@ -105,13 +105,39 @@ def digest(*arrays: np.ndarray | jax.Array) -> str:
     return total.hexdigest()
 
 
-def likelihood_program(model: LanguageModel, stage: StageConfig, place: Placement = FIRST_DEVICE) -> Program:
-    """Optimizer and compiled step of pretraining or SFT."""
+def likelihood_program(
+    model: LanguageModel, stage: StageConfig, place: Placement = FIRST_DEVICE, frozen: Params | None = None
+) -> Program:
+    """Optimizer and compiled step of pretraining or SFT, of all parameters or of those on a frozen base."""
     tx = stage.optimizer.build(stage.steps)
-    gradients = training.likelihood_gradients(model.token_log_probs)
-    step = training.make_step(gradients, tx, stage.optimizer.schedule(stage.steps))
-    compiled = place.jit_step(step, lambda key: training.init_state(model.init(key), tx))
-    return Program(stage, tx, compiled, place=place)
+    frozen = frozen or {}
+
+    def step(frozen: Params, state: TrainState, batch: TokenBatch) -> Any:
+        if drops_out(model):
+            batch = batch._replace(seeds=_seeds(state.step, batch.tokens.shape[:1]))
+        gradients = training.likelihood_gradients(models.on_frozen(model, frozen).token_log_probs)
+        return training.make_step(gradients, tx, stage.optimizer.schedule(stage.steps))(state, batch)
+
+    begin = models.on_frozen(model, frozen).init
+    compiled = place.jit_step(step, lambda key: training.init_state(begin(key), tx))
+    return Program(stage, tx, functools.partial(compiled, frozen), place=place)
+
+
+def drops_out(model: LanguageModel) -> bool:
+    """Whether training draws dropout: that of adapters.
+
+    Example:
+      >>> from entangle import models
+      >>> from experiments.pairs.stages import drops_out
+      >>> drops_out(models.language_model(models.preset("tiny", 64)))
+      False
+    """
+    return model.config.lora is not None and model.config.lora.dropout > 0
+
+
+def _seeds(step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What the rows of a step's batch draw their dropout from: a function of the step, so that runs can go on."""
+    return jax.random.bits(jax.random.fold_in(jax.random.key(0), step), shape, jnp.uint32)
 
 
 def preference_program(
@@ -124,11 +150,12 @@ def preference_program(
     changes: bool = True,
     eval_batch: int = 8,
     place: Placement = FIRST_DEVICE,
+    frozen: Params | None = None,
 ) -> PreferenceProgram:
     """Optimizer, compiled step and compiled evaluation of preference optimisation.
 
     Args:
-      model: the policy.
+      model: the policy, of all parameters.
       stage: how long, how much.
       objective: margin objective.
       chain: how the two gradients become one, see ``training.pair_chain``.
@@ -136,20 +163,39 @@ def preference_program(
       changes: log what every step did to its own batch, to first order and in fact.
       eval_batch: pairs at a time in scores and evaluations.
       place: where everything lies.
+      frozen: the parameters that are not trained, where everything lies; see ``models.split_params``.
     """
-    functions = preference_functions(
-        model.log_probs, stage, objective, chain, with_geometry=with_geometry, changes=changes, eval_batch=eval_batch
-    )
+    frozen = frozen or {}
+
+    def functions(frozen: Params) -> PreferenceFunctions:
+        return preference_functions(
+            models.on_frozen(model, frozen).log_probs,
+            stage,
+            objective,
+            chain,
+            with_geometry=with_geometry,
+            changes=changes,
+            eval_batch=eval_batch,
+        )
+
+    def step(frozen: Params, state: TrainState, batch: PreferenceExamples, probe: PairBatch | None = None) -> Any:
+        if drops_out(model):
+            seeds = _seeds(state.step, batch.pairs.tokens.shape[:2])
+            batch = batch._replace(pairs=batch.pairs._replace(seeds=seeds))
+        return functions(frozen).step(state, batch, probe)
+
+    tx = functions(frozen).tx
     memory = functools.partial(training.preference_memory, objective)
+    init = models.on_frozen(model, frozen).init
 
     def begin(key: jax.Array) -> TrainState:
-        params = model.init(key)
-        return training.init_state(params, functions.tx, memory(params))
+        params = init(key)
+        return training.init_state(params, tx, memory(params))
 
     return PreferenceProgram(
-        Program(stage, functions.tx, place.jit_step(functions.step, begin), memory, place),
-        place.jit(functions.score),
-        place.jit(functions.diagnose),
+        Program(stage, tx, functools.partial(place.jit_step(step, begin), frozen), memory, place),
+        functools.partial(place.jit(lambda frozen, *rest: functions(frozen).score(*rest)), frozen),
+        functools.partial(place.jit(lambda frozen, *rest: functions(frozen).diagnose(*rest)), frozen),
     )
 
 

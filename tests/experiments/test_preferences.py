@@ -332,3 +332,42 @@ def test_two_processes_make_what_one_makes(finished, tmp_path):
     files = [sorted(str(p.relative_to(out)) for p in out.rglob("*.*")) for out in (asked.out, tmp_path / "out")]
     kept = [[name for name in names if "checkpoints" not in name] for names in files]
     assert kept[0] == kept[1]
+
+
+def test_adapters_alone_are_trained_on_a_frozen_checkpoint(tmp_path, checkpoint):
+    file = write(tmp_path / "pairs.jsonl", range(48))
+    lora = "rank=2,alpha=4,targets=qkv+down,dropout=0.2"
+    config = settings(tmp_path / "run", file, checkpoint, lora=lora, sft_first=False)
+    preferences.run(config)
+    run = tmp_path / "run" / "preferences" / "seed0"
+    records = _metrics(run / "preference")
+    assert all(record["geometry/chosen_norm"] > 0 for record in records if "loss" in record)
+    base, params = models.load_pretrained(checkpoint)
+    shape, adapters = models.load_adapters(run / "adapter", base)
+    assert shape.lora.rank == 2 and shape.lora.dropout == 0.2
+    moved = models.language_model(shape).logits(models.join_params(adapters, params), np.arange(6)[None])
+    assert np.abs(moved - models.language_model(base).logits(params, np.arange(6)[None])).max() > 0
+    # a second time it is done; on another base it is another run
+    preferences.run(config)
+    with pytest.raises(UserError, match="holds a run of another configuration: lora is"):
+        preferences.run(dataclasses.replace(config, lora="rank=3,alpha=4,targets=qkv"))
+
+
+def _metrics(folder):
+    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": "rank=2"}, "LoRA 'rank=2': alpha and targets missing"),
+        ({"lora": "rank=2,alpha=1,targets=gate"}, "no matrix of this decoder is called 'gate'"),
+        ({"dtype": "bfloat16"}, "--dtype bfloat16: parameters that are trained are float32; give adapters with --lora"),
+        ({"lora": "attention", "dtype": "int8"}, "--dtype int8: choose from float32, bfloat16"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused_before_anything_is_written(tmp_path, checkpoint, changes, message):
+    file = write(tmp_path / "pairs.jsonl", range(48))
+    with pytest.raises(UserError, match=re.escape(message)):
+        preferences.run(settings(tmp_path / "run", file, checkpoint, **changes))
+    assert not (tmp_path / "run").exists()
