@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from entangle.geometry.dense_axes import DenseAxes
 
@@ -38,7 +37,7 @@ class Tied(NamedTuple):
     """
 
     lookup: int
-    columns: np.ndarray | None
+    columns: Sequence[int] | None
 
 
 class Dense(NamedTuple):

@@ -195,7 +195,7 @@ class Runner:
         link, number = linked
         if plan.tied is None or plan.tied.columns is None:
             return link
-        columns = jnp.asarray(plan.tied.columns)
+        columns = jnp.array(plan.tied.columns, jnp.int32)
         found = jnp.take(columns, jnp.where(link.valid, link.ids, 0), mode="clip")
         width = self.places[plan.place].sizes[3]
         here = link.valid & (found >= 0) & (found // width == number)

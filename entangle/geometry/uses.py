@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives
 
@@ -82,7 +81,7 @@ class _End(NamedTuple):
     """Where a view of a table ends: equation, and the head's columns, or None of a lookup."""
 
     equation: int
-    columns: np.ndarray | None
+    columns: Sequence[int] | None
 
 
 class _ScopeFinder:
@@ -234,7 +233,9 @@ class _ScopeFinder:
         heads = [end for end in found if end.columns is not None]
         if None in ends or len(lookups) != 1 or not heads or any(head.equation < lookups[0].equation for head in heads):
             return False
-        if np.any(np.bincount(np.concatenate([np.flatnonzero(np.asarray(head.columns) >= 0) for head in heads])) > 1):
+        if any(
+            sum(place >= 0 for place in row) > 1 for row in zip(*(head.columns or () for head in heads), strict=True)
+        ):
             return False  # what two heads have in common is looked up in three times
         (lookup,) = lookups
         eqn = self.jaxpr.eqns[lookup.equation]

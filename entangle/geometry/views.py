@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import primitives
 
 from entangle.geometry.dense_axes import DenseAxes
@@ -57,25 +56,27 @@ class TableView(NamedTuple):
     """Where the rows of a table ``[V, D]`` lie in a view of it.
 
     Attributes:
-      rows: the view's shape, but 1 where D is: which row of the table lies there. Axes that scans run over come first.
+      rows: which row of the table lies where, the view's last axis running fastest, D left out.
+      shape: of the view, but 1 where D is. Axes that scans run over come first.
       width: the axis along which D lies.
       scanned: how many leading axes scans run over.
       size: V.
     """
 
-    rows: np.ndarray
+    rows: Sequence[int]
+    shape: tuple[int, ...]
     width: int
     scanned: int
     size: int
 
     @classmethod
-    def of(cls, rows: int) -> TableView:
-        """The table itself."""
-        return cls(np.arange(rows, dtype=np.int32)[:, None], 1, 0, rows)
+    def of(cls, size: int) -> TableView:
+        """The table itself, of so many rows."""
+        return cls(range(size), (size, 1), 1, 0, size)
 
     def is_whole(self) -> bool:
         """Whether this is the table, or its transpose, as it is."""
-        return self.rows.ndim == 2 and not self.scanned and np.array_equal(self.rows.reshape(-1), np.arange(self.size))
+        return len(self.shape) == 2 and not self.scanned and list(self.rows) == list(range(self.size))
 
     def through(self, eqn: Any) -> TableView | None:
         """What an equation makes of the view; None where it is no view in which every row lies in one piece."""
@@ -83,21 +84,20 @@ class TableView(NamedTuple):
             return None
         if not moves_axes(eqn):
             return self
-        if eqn.primitive is primitives.transpose_p:
-            order = eqn.params["permutation"]
-            lead = range(self.scanned)
-            moved = self.rows.transpose(*lead, *(self.scanned + axis for axis in order))
-            return self._replace(rows=moved, width=self.scanned + order.index(self.width - self.scanned))
         before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
         width = self.width - self.scanned
+        if eqn.primitive is primitives.transpose_p:
+            order = eqn.params["permutation"]
+            whole = [range(length) for length in self.shape[self.scanned :]]
+            return self._taken(order, whole)._replace(width=self.scanned + order.index(width))
         if eqn.primitive is primitives.slice_p:
-            bounds = zip(eqn.params["start_indices"], eqn.params["limit_indices"], strict=True)
             steps = eqn.params["strides"] or (1,) * len(before)
-            taken = tuple(slice(*bound, step) for bound, step in zip(bounds, steps, strict=True))
+            bounds = zip(eqn.params["start_indices"], eqn.params["limit_indices"], steps, strict=True)
+            taken = [range(*bound) for bound in bounds]
             if after[width] != before[width]:
                 return None
-            taken = (*taken[:width], slice(None), *taken[width + 1 :])
-            return self._replace(rows=self.rows[(*(slice(None),) * self.scanned, *taken)])
+            taken[width] = range(1)
+            return self._taken(range(len(before)), taken)
         if eqn.primitive.name == "split" or (eqn.primitive is primitives.reshape_p and eqn.params["dimensions"]):
             return None
         lies = [
@@ -107,14 +107,25 @@ class TableView(NamedTuple):
         ]
         if not lies:
             return None
-        shape = (*self.rows.shape[: self.scanned], *after[: lies[0]], 1, *after[lies[0] + 1 :])
-        return self._replace(rows=self.rows.reshape(shape), width=self.scanned + lies[0])
+        shape = (*self.shape[: self.scanned], *after[: lies[0]], 1, *after[lies[0] + 1 :])
+        return self._replace(shape=shape, width=self.scanned + lies[0])
+
+    def _taken(self, order: Sequence[int], taken: Sequence[range]) -> TableView:
+        """Some indices of every axis but the scanned ones, and these axes in another order."""
+        axes = (*range(self.scanned), *(self.scanned + axis for axis in order))
+        every = [*(range(length) for length in self.shape[: self.scanned]), *taken]
+        places = [0]
+        for axis in axes:
+            stride = math.prod(self.shape[axis + 1 :])
+            places = [place + index * stride for place in places for index in every[axis]]
+        shape = tuple(len(every[axis]) for axis in axes)
+        return self._replace(rows=[self.rows[place] for place in places], shape=shape)
 
     def over_scan(self) -> TableView | None:
         """What one iteration of a scan over the first axis sees; None where that axis is D."""
         return None if self.width == self.scanned else self._replace(scanned=self.scanned + 1)
 
-    def columns(self, axes: DenseAxes, sizes: tuple[int, ...]) -> np.ndarray | None:
+    def columns(self, axes: DenseAxes, sizes: tuple[int, ...]) -> list[int] | None:
         """Where every row of the table is among the results of a product that contracts D.
 
         Args:
@@ -122,12 +133,13 @@ class TableView(NamedTuple):
           sizes: E, T, I and O of it.
 
         Returns:
-          ``[V]``: number of the iteration times O, plus the column; -1 of rows that are not there. None where the product
+          V numbers: that of the iteration times O, plus the column; -1 of rows that are not there. None where the product
           is another one.
         """
         free = [self.scanned + axis for axis in axes.free_axes()]
-        if sizes[0] != 1 or sorted([*range(self.scanned), *free, self.width]) != list(range(self.rows.ndim)):
+        if sizes[0] != 1 or sorted([*range(self.scanned), *free, self.width]) != list(range(len(self.shape))):
             return None
-        found = np.full(self.size, -1, np.int32)
-        found[self.rows.transpose(*range(self.scanned), *free, self.width).reshape(-1)] = np.arange(self.rows.size)
+        found = [-1] * self.size
+        for place, row in enumerate(self.rows):  # the product's free axes are in the view's own order
+            found[row] = place
         return found

@@ -33,8 +33,9 @@ def followed(chain):
 def test_rows_are_followed(name):
     numbers = CHAINS[name](jnp.broadcast_to(jnp.arange(ROWS, dtype=jnp.float32)[:, None], (ROWS, WIDTH)))
     view = followed(CHAINS[name])
-    np.testing.assert_array_equal(np.broadcast_to(view.rows, numbers.shape), np.asarray(numbers, np.int32))
-    assert view.rows.shape[view.width] == 1 and numbers.shape[view.width] == WIDTH
+    rows = np.reshape(view.rows, view.shape)
+    np.testing.assert_array_equal(np.broadcast_to(rows, numbers.shape), np.asarray(numbers, np.int32))
+    assert view.shape[view.width] == 1 and numbers.shape[view.width] == WIDTH
 
 
 @pytest.mark.parametrize("name", LOST)
