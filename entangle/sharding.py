@@ -81,8 +81,9 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[Any] | None = No
       UserError: there is no such axis, a size is no positive number, or the sizes' product is not the number of devices.
 
     Example:
+      >>> import jax
       >>> from entangle import sharding
-      >>> dict(sharding.make_mesh("data=1").shape)
+      >>> dict(sharding.make_mesh("data=1", jax.devices()[:1]).shape)
       {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     named = _parse(sizes) if isinstance(sizes, str) else dict(sizes)
@@ -170,7 +171,7 @@ def shardings(tree: Any, mesh: Mesh, what: str = "model") -> Any:
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from entangle import sharding
-      >>> mesh = sharding.make_mesh("fsdp=1")
+      >>> mesh = sharding.make_mesh("fsdp=1", jax.devices()[:1])
       >>> sharding.shardings({"token_embedding": jnp.zeros((4, 2)), "count": jnp.zeros(())}, mesh)["token_embedding"].spec
       P('tensor', 'fsdp')
     """
@@ -203,7 +204,7 @@ def born_sharded(make: Callable[..., T], mesh: Mesh, *arguments: Any, what: str 
       >>> import jax
       >>> from entangle import models, sharding
       >>> model = models.language_model(models.preset("tiny", 64))
-      >>> params = sharding.born_sharded(model.init, sharding.make_mesh("data=1"), jax.random.key(0))
+      >>> params = sharding.born_sharded(model.init, sharding.make_mesh("data=1", jax.devices()[:1]), jax.random.key(0))
       >>> params["token_embedding"].sharding.spec
       P('tensor', 'fsdp')
     """
@@ -215,8 +216,9 @@ def pair_sharding(mesh: Mesh) -> NamedSharding:
     """How the leading axis of a batch of pairs lies; the side axis, its second, is never divided.
 
     Example:
+      >>> import jax
       >>> from entangle import sharding
-      >>> sharding.pair_sharding(sharding.make_mesh("data=1")).spec
+      >>> sharding.pair_sharding(sharding.make_mesh("data=1", jax.devices()[:1])).spec
       P(('data', 'fsdp'),)
     """
     return NamedSharding(mesh, spec(("pairs",)))
@@ -234,8 +236,9 @@ def check_pairs(mesh: Mesh, pairs: int, flag: str) -> None:
       UserError: they cannot.
 
     Example:
+      >>> import jax
       >>> from entangle import sharding
-      >>> sharding.check_pairs(sharding.make_mesh("data=1"), 3, "--preference.batch-size")
+      >>> sharding.check_pairs(sharding.make_mesh("data=1", jax.devices()[:1]), 3, "--preference.batch-size")
     """
     names = RULES["pairs"]
     if pairs % (parts := _parts(mesh, names)):
@@ -265,7 +268,7 @@ def pair_axes() -> tuple[str, ...] | None:
     Example:
       >>> import jax
       >>> from entangle import sharding
-      >>> with jax.set_mesh(sharding.make_mesh("data=1")):
+      >>> with jax.set_mesh(sharding.make_mesh("data=1", jax.devices()[:1])):
       ...     sharding.pair_axes()
       ('data', 'fsdp')
     """

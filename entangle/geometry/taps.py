@@ -260,7 +260,8 @@ def _gradients_by_rows(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Products ``[B, 3]`` and weighted sums ``[E, I, O]``, one pair's two gradients in memory at a time.
 
-    On a mesh it is one pair a device: pairs that lie on different devices are taken together, so nothing is sent around.
+    On a mesh it is one pair a device: pairs that lie on different devices are taken together, each device has a sum of its
+    own, and only the sums are added up over devices, once.
     """
     pairs = inputs.shape[0]
     together = math.gcd(pairs, max(jax.sharding.get_abstract_mesh().size, 1))
@@ -269,16 +270,17 @@ def _gradients_by_rows(
         x, g, w = rows
         gradients = _einsum("nreti,nreto->nreio", x, g, precision=precision)
         w = w.astype(gradients.dtype)
-        sums_of = [_einsum("nr,nreio->eio", *rows) for rows in _per_copy(copies, w, gradients)]
+        sums_of = [_einsum("nr,nreio->neio", *rows) for rows in _per_copy(copies, w, gradients)]
         return tuple(s + p for s, p in zip(sums, sums_of, strict=True)), PairProducts().rows(gradients)
 
-    zeros = jnp.zeros((inputs.shape[2], inputs.shape[4], outputs.shape[4]), accumulator_dtype((inputs, outputs)))
+    shape = (together, inputs.shape[2], inputs.shape[4], outputs.shape[4])
+    zeros = jnp.zeros(shape, accumulator_dtype((inputs, outputs)))
     # pairs of one device are neighbours: [devices, pairs of one] to [pairs of one, devices]
     split = [
         jnp.moveaxis(a.reshape(together, pairs // together, *a.shape[1:]), 1, 0) for a in (inputs, outputs, weights)
     ]
     sums, found = jax.lax.scan(group, (zeros,) * copies, tuple(split))
-    return jnp.moveaxis(found, 0, 1).reshape(pairs, 3), sums
+    return jnp.moveaxis(found, 0, 1).reshape(pairs, 3), tuple(each.sum(0) for each in sums)
 
 
 def _head_rows(inputs: jax.Array, outputs: jax.Array, link: Link, precision: Any) -> jax.Array:

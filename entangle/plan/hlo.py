@@ -14,6 +14,8 @@ import jax
 _HLO: Any = importlib.import_module("jaxlib._hlo")
 _JAX: Any = importlib.import_module("jaxlib._jax")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+_NO_ESTIMATE = 2**53
+"""The compiler writes the largest whole number where it does not know."""
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _HEADER = re.compile(r"^(ENTRY )?(%?[\w.\-]+) .*\{$")
 _CALLED = re.compile(
@@ -153,6 +155,7 @@ class Program:
             for name, lines in self.lines.items()
             for line in lines
             for cycles in re.findall(r'"estimated_cycles":"(\d+)"', line)
+            if int(cycles) < _NO_ESTIMATE
         )
 
 

@@ -103,8 +103,8 @@ def place(mesh: str) -> Placement:
 
     Example:
       >>> from experiments.pairs.placement import place
-      >>> place("").mesh is None, dict(place("data=1").mesh.shape)["data"]
-      (True, 1)
+      >>> place("").mesh is None, place(f"data={jax.device_count()}").mesh.axis_names
+      (True, ('data', 'fsdp', 'tensor'))
     """
     if not mesh and not distributed.several():
         return FIRST_DEVICE
