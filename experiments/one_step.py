@@ -34,7 +34,7 @@ from entangle.errors import UserError
 from entangle.training import OptimizerConfig, RunFolder
 from entangle.types import PairBatch, Params
 from experiments import figures, one_step_measure
-from experiments.pairs import pair_runs, stages
+from experiments.pairs import pair_runs, programs, stages
 from experiments.pairs.pair_config import NOT_EVALUATED, objective_identity
 from experiments.pairs.sentiment_config import SentimentConfig
 from experiments.pairs.sentiment_config import presets as sentiment_presets
@@ -159,10 +159,10 @@ def _models(
     tracker, model = pair_runs.trackers(settings), materials.model
     base = materials.checkpoint
     if base is None:
-        program = stages.likelihood_program(model, settings.base)
+        program = programs.likelihood_program(model, settings.base)
         base = stages.pretrain(settings.out / "base", model, program, materials.text, settings.max_length, 0, tracker)
-    sft = stages.likelihood_program(model, settings.sft)
-    preference = stages.preference_program(
+    sft = programs.likelihood_program(model, settings.sft)
+    preference = programs.preference_program(
         model,
         settings.preference,
         _objective(settings),

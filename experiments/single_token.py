@@ -28,7 +28,7 @@ from entangle.errors import UserError
 from entangle.training import RunFolder
 from entangle.training.run_folder import CONFIG, read_json
 from experiments import figures
-from experiments.pairs import pair_runs, stages
+from experiments.pairs import pair_runs, programs, stages
 from experiments.pairs.pair_config import NOT_EVALUATED, identity
 from experiments.pairs.sentiment_config import SentimentConfig
 from experiments.pairs.sentiment_config import presets as sentiment_presets
@@ -107,11 +107,11 @@ def run(settings: SentimentConfig) -> list[Path]:
     objective = losses.get_objective(settings.objective, **settings.objective_args)
     for variant in sweep():
         sft_stage = dataclasses.replace(settings.sft, steps=variant.sft_steps)
-        sft = stages.likelihood_program(materials.model, sft_stage)
+        sft = programs.likelihood_program(materials.model, sft_stage)
         moved = {"name": variant.optimizer, "learning_rate": variant.learning_rate}
         optimizer = dataclasses.replace(settings.preference.optimizer, **moved)  # type: ignore[arg-type]
         stage = dataclasses.replace(settings.preference, optimizer=optimizer)
-        program = stages.preference_program(
+        program = programs.preference_program(
             materials.model,
             stage,
             objective,

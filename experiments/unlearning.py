@@ -31,7 +31,7 @@ from entangle import command_line, geometry, losses, models, training
 from entangle.models import LanguageModel
 from entangle.training.gradients import GradientResult
 from entangle.types import PairBatch, Params
-from experiments.pairs import pair_runs, stages
+from experiments.pairs import pair_runs, programs, stages
 from experiments.pairs.pair_config import NOT_EVALUATED
 from experiments.pairs.sentiment_config import TWEETS
 from experiments.unlearning_config import NOT_SET_HERE, VARIANTS, UnlearningConfig, Variant, presets
@@ -57,7 +57,7 @@ def run(settings: UnlearningConfig) -> list[Path]:
     experiment = pair_runs.open_folder(settings, "unlearning", {name: pairs}, {name: materials.report})
     tracker = pair_runs.trackers(settings)
     base = materials.base(tracker)
-    sft = stages.likelihood_program(materials.model, settings.sft)
+    sft = programs.likelihood_program(materials.model, settings.sft)
     shared = _compiled(settings, materials.model)
     starts = []
     for seed in range(settings.seeds):
@@ -79,7 +79,7 @@ class _Compiled(NamedTuple):
 
     gradients: Any
     log_probs: Any
-    measures: stages.PreferenceProgram
+    measures: programs.PreferenceProgram
 
 
 def _compiled(settings: UnlearningConfig, model: LanguageModel) -> _Compiled:
@@ -110,11 +110,11 @@ def _compiled(settings: UnlearningConfig, model: LanguageModel) -> _Compiled:
         return found
 
     nothing: Any = None
-    measures = stages.PreferenceProgram(nothing, jax.jit(score), jax.jit(diagnose))
+    measures = programs.PreferenceProgram(nothing, jax.jit(score), jax.jit(diagnose))
     return _Compiled(jax.jit(gradients), jax.jit(model.log_probs), measures)
 
 
-def _program(settings: UnlearningConfig, shared: _Compiled, variant: Variant) -> stages.PreferenceProgram:
+def _program(settings: UnlearningConfig, shared: _Compiled, variant: Variant) -> programs.PreferenceProgram:
     objective = losses.get_objective(settings.objective, **settings.objective_args)
     stage = settings.stage(variant)
     chain = variant.transform(stage, settings.memory)
@@ -122,7 +122,7 @@ def _program(settings: UnlearningConfig, shared: _Compiled, variant: Variant) ->
     # the step itself is not compiled: what takes long in it is, and serves all variants
     step = training.make_step(shared.gradients, tx, stage.optimizer.schedule(stage.steps), shared.log_probs)
     memory = functools.partial(training.preference_memory, objective)
-    return shared.measures._replace(program=stages.Program(stage, tx, step, memory))
+    return shared.measures._replace(program=programs.Program(stage, tx, step, memory))
 
 
 def _without_effect(settings: UnlearningConfig) -> list[tuple[tuple[str, ...], str]]:

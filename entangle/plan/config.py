@@ -35,6 +35,8 @@ class PlanConfig:
       changes: what every step did to its batch, to first order and in fact; it makes a step about twice as long.
       lora: none, or adapters as ``models.lora_config`` reads them, such as paper; without them all parameters are trained.
       max_length: T, tokens of a row.
+      completion_length: tokens of the longest completion, the only positions that meet the head; 0 takes all of a row.
+      head_chunk: entries of the vocabulary that the head multiplies at a time.
       batch_size: pairs a step, on all chips together.
       optimizer: how the parameters move.
       dtype: of trained parameters; gradients and moments follow.
@@ -59,6 +61,8 @@ class PlanConfig:
     changes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     lora: str = "none"
     max_length: int = 512
+    completion_length: int = 0
+    head_chunk: int = 8192
     batch_size: int = 64
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-6)
     dtype: str = "float32"
@@ -69,7 +73,7 @@ class PlanConfig:
     out: Path | None = None
 
 
-_TAKEN = ("objective", "objective_args", "pair_chain", "pair_chain_args", "max_length", "changes", "lora", "model")
+_TAKEN = ("objective", "objective_args", "pair_chain", "pair_chain_args", "max_length", "head_chunk", "lora", "model")
 
 
 def from_experiment(name: str) -> PlanConfig:

@@ -67,8 +67,9 @@ def decoder(settings: PlanConfig) -> DecoderConfig:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(settings, flag)}: choose from {', '.join(DTYPES)}")
     if not 1 < settings.max_length <= config.max_positions:
         raise UserError(f"--max-length {settings.max_length}: {settings.model} has {config.max_positions} positions")
-    if settings.batch_size < 1:
-        raise UserError(f"--batch-size {settings.batch_size}: at least one pair is needed")
+    for flag, least in (("batch_size", 1), ("head_chunk", 1), ("completion_length", 0)):
+        if getattr(settings, flag) < least:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(settings, flag)}: at least {least} is needed")
     return dataclasses.replace(
         config,
         lora=models.lora_config(settings.lora),
@@ -90,7 +91,12 @@ def training_step(settings: PlanConfig, config: DecoderConfig, mesh: Mesh) -> St
       UserError: the objective or the chain, or a mesh axis does not divide a parameter or the pairs.
     """
     sharding.check_pairs(mesh, settings.batch_size, "--batch-size")
-    model = models.language_model(config)
+    model = models.language_model(
+        config,
+        completion_length=settings.completion_length or None,
+        chunk=settings.head_chunk,
+        shards=mesh.shape["tensor"],
+    )
     objective = losses.get_objective(settings.objective, **settings.objective_args)
     chain = training.pair_chain(settings.pair_chain, **settings.pair_chain_args)
     steps = 1000  # of the schedule, which takes no more room or time for any other number

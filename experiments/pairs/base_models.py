@@ -7,7 +7,7 @@ from pathlib import Path
 from entangle import models
 from entangle.training import StageConfig
 from entangle.types import Params
-from experiments.pairs import stages
+from experiments.pairs import programs, stages
 from experiments.pairs.sentiment_data import Materials
 
 EXPORT = "huggingface"
@@ -31,7 +31,7 @@ def base_model(
     """
     if materials.checkpoint is not None:
         return materials.checkpoint
-    program = stages.likelihood_program(materials.model, stage)
+    program = programs.likelihood_program(materials.model, stage)
     params = stages.pretrain(folder, materials.model, program, materials.text, length, 0, tracker)
     if not (folder / EXPORT).exists():  # so that another experiment can start from it with --model
         models.save_pretrained(folder / EXPORT, materials.model.config, params)

@@ -11,7 +11,7 @@ from entangle import distributed, losses, models, training
 from entangle.training import RunFolder
 from entangle.types import Params
 from experiments import figures
-from experiments.pairs import references, stages
+from experiments.pairs import programs, references, stages
 from experiments.pairs.pair_config import PairConfig, identity, objective_identity
 from experiments.pairs.pair_data import Checkpoint
 from experiments.pairs.placement import FIRST_DEVICE, Placement
@@ -109,9 +109,9 @@ def run_all(
       UserError: a folder holds another run, or the reference cache another reference's log-probabilities.
       NonFiniteError: see ``training.train``.
     """
-    sft = stages.likelihood_program(base.model, settings.sft, place, base.frozen)
+    sft = programs.likelihood_program(base.model, settings.sft, place, base.frozen)
     objective = losses.get_objective(settings.objective, **settings.objective_args)
-    preference = stages.preference_program(
+    preference = programs.preference_program(
         base.model,
         settings.preference,
         objective,

@@ -16,7 +16,8 @@ from entangle.errors import NonFiniteError
 from entangle.models import LanguageModel
 from entangle.training import PairChain, PreferenceExamples, RunFolder, StageConfig, TrainState
 from entangle.types import PairBatch, Params
-from experiments.pairs.stages import PreferenceData, PreferenceFunctions, preference_functions
+from experiments.pairs.programs import PreferenceFunctions, preference_functions
+from experiments.pairs.stages import PreferenceData
 from experiments.sweep import trial_masks
 
 

@@ -17,7 +17,7 @@ from entangle.models import LanguageModel
 from entangle.training import RunFolder
 from entangle.training.run_folder import one_at_a_time
 from entangle.types import Params
-from experiments.pairs import stages
+from experiments.pairs import programs, stages
 from experiments.pairs.base_models import base_model
 from experiments.pairs.pair_config import identity
 from experiments.pairs.sentiment_data import Materials
@@ -317,7 +317,7 @@ def _ground(
 def _starts(out: Path, trials: Sequence[TrialOf], ground: _Ground, tracker: stages.TrackerFactory) -> dict[str, Params]:
     """Start fingerprint -> SFT model, or the base model itself."""
     found: dict[str, Params] = {}
-    programs: dict[Any, stages.Program] = {}
+    made: dict[Any, programs.Program] = {}
     for trial in trials:
         config, key = trial.config, start_fingerprint(trial.config)
         if key in found:
@@ -325,8 +325,8 @@ def _starts(out: Path, trials: Sequence[TrialOf], ground: _Ground, tracker: stag
         if not config.sft_first:
             found[key] = ground.base
             continue
-        if config.sft not in programs:
-            programs[config.sft] = stages.likelihood_program(ground.materials.model, config.sft)
+        if config.sft not in made:
+            made[config.sft] = programs.likelihood_program(ground.materials.model, config.sft)
         name = trial_data.name_of_pairs(config)
         both = ground.materials.pairs[name]
         told = {"pair_set": name, "seed": config.seed, "data": stages.digest(*both.train[:2])}
@@ -334,7 +334,7 @@ def _starts(out: Path, trials: Sequence[TrialOf], ground: _Ground, tracker: stag
             tuned = stages.supervise(
                 _sft_folder(out, config),
                 ground.materials.model,
-                programs[config.sft],
+                made[config.sft],
                 ground.base,
                 both.train,
                 told,

@@ -15,7 +15,7 @@ from entangle import data, losses, models, training, transforms
 from entangle.errors import UserError
 from entangle.types import PairBatch
 from experiments import preferences
-from experiments.pairs import pair_runs, references, stages
+from experiments.pairs import pair_runs, programs, references
 from experiments.preferences import presets
 from tests.training.processes import finish, start
 
@@ -235,7 +235,7 @@ def test_a_pair_chains_wrapper_has_the_last_word_in_a_run():
     model = models.language_model(models.DecoderConfig(vocab_size=11, max_positions=9, width=8, layers=1, heads=2))
     chain = training.pair_chain("retain_invariant", memory=2)
     stage = presets()["smoke"].preference
-    tx = stages.preference_program(model, stage, losses.dpo, chain, with_geometry=False, changes=False).program.tx
+    tx = programs.preference_program(model, stage, losses.dpo, chain, with_geometry=False, changes=False).program.tx
     state = jax.eval_shape(lambda: tx.init(model.init(jax.random.key(0))))
     assert isinstance(state, transforms.RetainInvariantState)
 

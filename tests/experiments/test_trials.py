@@ -14,7 +14,7 @@ from entangle import data, losses, models, training
 from entangle.errors import NonFiniteError, UserError
 from entangle.training import OptimizerConfig, StageConfig, read_metrics
 from experiments import figures, margin_objectives
-from experiments.pairs import stages
+from experiments.pairs import programs, stages
 from experiments.pairs.pair_config import identity
 from experiments.sweep import (
     Status,
@@ -105,13 +105,13 @@ def test_a_trial_is_the_run_that_it_is_alone(together, place, tmp_path):
     config = trials[place].config
     materials = trial_data.gather(config)
     pairs = materials.pairs[config.pair_set]
-    like = stages.likelihood_program(materials.model, config.sft)
+    like = programs.likelihood_program(materials.model, config.sft)
     (folder,) = (out / "starts").glob(f"sft-*-{start_fingerprint(config)}")
     state = training.init_state(materials.model.init(jax.random.key(0)), like.tx)
     start = training.final_params(folder, state)
     objective = losses.get_objective(config.objective, **config.objective_args)
     chain = training.pair_chain("margin")
-    program = stages.preference_program(materials.model, config.preference, objective, chain, changes=False)
+    program = programs.preference_program(materials.model, config.preference, objective, chain, changes=False)
     end = stages.prefer(
         tmp_path / "run",
         program,

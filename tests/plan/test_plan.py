@@ -122,7 +122,7 @@ def test_what_the_compiler_says_it_needs_is_read():
         (["--lora", "huge"], "LoRA 'huge': choose from none, paper, attention, all"),
         (["--dtype", "float8"], "--dtype float8: choose from float32, bfloat16"),
         (["--max-length", "9000"], "--max-length 9000: llama3_8b has 8192 positions"),
-        (["--batch-size", "0"], "--batch-size 0: at least one pair is needed"),
+        (["--batch-size", "0"], "--batch-size 0: at least 1 is needed"),
         (["--experiment", "experiments.nothing"], "--experiment experiments.nothing: cannot be imported"),
         (["--experiment", "json"], "the module has neither config() nor presets()"),
         (["--experiment", "experiments.scale:nothing"], "the module has no function nothing"),
