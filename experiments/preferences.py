@@ -39,6 +39,8 @@ class PreferencesConfig(PairConfig):
       lora: none, or low-rank adapters that alone are trained, on the frozen checkpoint: paper, attention, all, or fields such
         as rank=16,alpha=32,targets=query+value,dropout=0.05. They are left beside the run in PEFT's format.
       dtype: of the frozen checkpoint under adapters, of activations and products: float32 or bfloat16.
+      chat_template: what writes chat messages out: own, the checkpoint's chat template; hh, hh-rlhf's form; auto, the first
+        where the checkpoint has one.
       mesh: how the devices are laid out, sizes of data, fsdp and tensor such as data=2,fsdp=4; by default one device is
         used, and by several processes all, with fsdp. A run may go on on another one.
     """
@@ -56,6 +58,7 @@ class PreferencesConfig(PairConfig):
     sft_first: Annotated[bool, tyro.conf.FlagCreatePairsOff] = True
     lora: str = "none"
     dtype: str = "float32"
+    chat_template: str = "auto"
     mesh: str = ""
 
 
@@ -133,12 +136,14 @@ def gather(settings: PreferencesConfig, place: placement.Placement = placement.F
         raise UserError(f"--dtype {settings.dtype}: choose from float32, bfloat16")
     if lora is None and settings.dtype != "float32":
         raise UserError(f"--dtype {settings.dtype}: parameters that are trained are float32; give adapters with --lora")
+    template = preference_files.chat_template(settings.chat_template, settings.model)
     checkpoint = (
         pair_data.load_checkpoint(settings, settings.model)
         if lora is None
         else pair_data.with_adapters(settings, settings.model, lora, settings.dtype, place)
     )
-    records = preference_files.read_records(settings.data, settings.held_out)
+    chat = settings.chat_template == "own"
+    records = preference_files.read_records(settings.data, settings.held_out, template, chat=chat)
     trained = ("sft", "preference") if settings.sft_first else ("preference",)
     pairs, report = preference_files.encode_records(settings, checkpoint.tokenizer, records, trained)
     references.check(settings, checkpoint, {PAIR_SET: pairs}, sft_first=settings.sft_first)

@@ -7,11 +7,13 @@ and comes out in batches whose order is a function of seed and epoch (`pair_batc
 
 from entangle import extras
 
-extras.require("train", "tensorflow_datasets", "array_record", "grain", "tokenizers")
+extras.require("train", "tensorflow_datasets", "array_record", "grain", "tokenizers", "jinja2")
 
 from entangle.data.batches import encode_text, pair_batches, text_batches
 from entangle.data.builders import PreferencePairs, StoredPairs, load_pairs, prepare_pairs
+from entangle.data.chat_templates import ChatTemplate, load_chat_template
 from entangle.data.cleaning import clean_text
+from entangle.data.dialogues import hh_rlhf
 from entangle.data.encode import EncodedPairs, EncodingReport, encode_pairs
 from entangle.data.grammar import generate_tweets
 from entangle.data.preferences import BadLine, ReadReport, divide_by_prompt, read_preferences
@@ -32,6 +34,7 @@ __all__ = [
     "LABELS",
     "PAIR_SETS",
     "BadLine",
+    "ChatTemplate",
     "EncodedPairs",
     "EncodingReport",
     "LabelledText",
@@ -48,6 +51,8 @@ __all__ = [
     "encode_pairs",
     "encode_text",
     "generate_tweets",
+    "hh_rlhf",
+    "load_chat_template",
     "load_pairs",
     "load_tokenizer",
     "pair_batches",

@@ -1,12 +1,13 @@
 """How a JSON object becomes a prompt and two completions.
 
-Chat messages are written out in hh-rlhf's format, ``"\\n\\nHuman: ...\\n\\nAssistant: ..."``, so that all sources of
-dialogues end in the same text. The prompt ends in ``"\\n\\nAssistant:"`` and completions begin with a space.
+Chat messages are written out by a `ChatForm`: that of a checkpoint (`entangle.data.chat_templates`), or hh-rlhf's format,
+``"\\n\\nHuman: ...\\n\\nAssistant: ..."``, so that all sources of dialogues end in the same text. There the prompt ends in
+``"\\n\\nAssistant:"`` and completions begin with a space.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from entangle.errors import UserError
 
@@ -16,22 +17,42 @@ _SPEAKERS = {"system": "\n\nSystem:", "user": "\n\nHuman:", "assistant": _ASSIST
 Message = tuple[str, str]
 """Role and content."""
 
+ChatForm = Callable[[Sequence[Message], Sequence[Message], Sequence[Message]], tuple[str, str, str]]
+"""Writes out the messages of prompt, chosen and rejected; the last two begin with the assistant."""
+
 
 class NotAPairError(UserError):
     """An object that holds no preference pair; the message is the reason."""
 
 
-def parse_pair(fields: Mapping[str, object]) -> tuple[str, str, str]:
+def hh_rlhf(prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[str, str, str]:
+    """Write messages out in hh-rlhf's format.
+
+    Example:
+      >>> hh_rlhf([("user", "hi")], [("assistant", "hello")], [("assistant", "no")])
+      ('\\n\\nHuman: hi\\n\\nAssistant:', ' hello', ' no')
+    """
+    return _render(prompt) + _ASSISTANT, _completion(chosen), _completion(rejected)
+
+
+def is_text(fields: Mapping[str, object]) -> bool:
+    """Whether a preference object has its completions as text, not as chat messages."""
+    return isinstance(fields.get("chosen"), str) and isinstance(fields.get("rejected"), str)
+
+
+def parse_pair(fields: Mapping[str, object], form: ChatForm = hh_rlhf) -> tuple[str, str, str]:
     """Return the prompt and the two completions of a preference object.
 
     Args:
       fields: the JSON object; other fields than prompt, chosen and rejected are passed over.
+      form: writes chat messages out.
 
     Returns:
       Prompt, chosen, rejected. Completions may be empty or equal; `encode_pairs` drops those and says so.
 
     Raises:
       NotAPairError: a field is missing or of another type, the two do not share a prompt, or a string is not Unicode.
+      TemplateError: see `entangle.data.chat_templates`, where ``form`` is a template.
 
     Example:
       >>> parse_pair({"chosen": "\\n\\nHuman: hi\\n\\nAssistant: hello", "rejected": "\\n\\nHuman: hi\\n\\nAssistant: no"})
@@ -41,10 +62,10 @@ def parse_pair(fields: Mapping[str, object]) -> tuple[str, str, str]:
         if name not in fields:
             raise NotAPairError(f"no field {name!r}")
     prompt, chosen, rejected = fields.get("prompt"), fields["chosen"], fields["rejected"]
-    if isinstance(chosen, str) and isinstance(rejected, str):
+    if isinstance(chosen, str) and isinstance(rejected, str):  # see is_text
         texts = _split_dialogues(chosen, rejected) if prompt is None else (_string(prompt), chosen, rejected)
     else:
-        texts = _from_messages(prompt, _messages("chosen", chosen), _messages("rejected", rejected))
+        texts = form(*_divide(prompt, _messages("chosen", chosen), _messages("rejected", rejected)))
     for text in texts:
         _require_unicode(text)
     return texts
@@ -61,7 +82,10 @@ def _split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
     return shared[:end], chosen[end:], rejected[end:]
 
 
-def _from_messages(prompt: object, chosen: list[Message], rejected: list[Message]) -> tuple[str, str, str]:
+def _divide(
+    prompt: object, chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """All messages that the two share belong to the prompt, but the last of each."""
     if prompt is None:
         head: list[Message] = []
     elif isinstance(prompt, str):
@@ -77,15 +101,15 @@ def _from_messages(prompt: object, chosen: list[Message], rejected: list[Message
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages or messages[0][0] != "assistant":
             raise NotAPairError(f"after the shared prompt {name} does not go on with the assistant")
-    return _render(head) + _ASSISTANT, _completion(chosen), _completion(rejected)
+    return head, chosen, rejected
 
 
-def _render(messages: list[Message]) -> str:
+def _render(messages: Sequence[Message]) -> str:
     return "".join(f"{_SPEAKERS[role]} {content}" for role, content in messages)
 
 
-def _completion(messages: list[Message]) -> str:
-    return "" if messages == [("assistant", "")] else _render(messages).removeprefix(_ASSISTANT)
+def _completion(messages: Sequence[Message]) -> str:
+    return "" if list(messages) == [("assistant", "")] else _render(messages).removeprefix(_ASSISTANT)
 
 
 def _messages(name: str, value: object) -> list[Message]:

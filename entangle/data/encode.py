@@ -67,7 +67,12 @@ class EncodingReport(NamedTuple):
 
 
 def encode_pairs(
-    records: Sequence[PreferenceRecord], tokenizer: Tokenizer, max_length: int, add_eos: bool
+    records: Sequence[PreferenceRecord],
+    tokenizer: Tokenizer,
+    max_length: int,
+    add_eos: bool,
+    *,
+    special_tokens: bool = False,
 ) -> tuple[EncodedPairs, EncodingReport]:
     """Encode pairs to ``[N, 2, max_length]``.
 
@@ -81,6 +86,7 @@ def encode_pairs(
       tokenizer: the tokeniser.
       max_length: T, the same for every set, so that one compilation serves all.
       add_eos: end completions with the end-of-text token.
+      special_tokens: read special tokens out of the texts, where a chat template has written them.
 
     Returns:
       The arrays and the report.
@@ -100,7 +106,8 @@ def encode_pairs(
     found: dict[str, list[str]] = {"prompt_cut": [], "too_long": [], "empty": [], "equal": []}
     rows: list[tuple[list[int], list[int], list[int]]] = []
     sources: list[str] = []
-    for record, (prompt, chosen, rejected) in zip(records, _token_lists(records, tokenizer, add_eos), strict=True):
+    token_lists = _token_lists(records, tokenizer, add_eos, special_tokens)
+    for record, (prompt, chosen, rejected) in zip(records, token_lists, strict=True):
         room = max_length - max(len(chosen), len(rejected))
         problem = _problem(record, chosen, rejected, room)
         if problem:
@@ -119,11 +126,12 @@ def encode_pairs(
 
 
 def _token_lists(
-    records: Sequence[PreferenceRecord], tokenizer: Tokenizer, add_eos: bool
+    records: Sequence[PreferenceRecord], tokenizer: Tokenizer, add_eos: bool, special_tokens: bool
 ) -> Iterator[tuple[list[int], list[int], list[int]]]:
     columns = ([record[field] for record in records] for field in range(3))
     end = [tokenizer.eos_id] if add_eos else []
-    for prompt, chosen, rejected in zip(*map(tokenizer.encode_many, columns), strict=True):
+    encoded = (tokenizer.encode_many(texts, special_tokens=special_tokens) for texts in columns)
+    for prompt, chosen, rejected in zip(*encoded, strict=True):
         yield prompt or [tokenizer.eos_id], chosen + end, rejected + end
 
 

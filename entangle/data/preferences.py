@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from entangle.data import dialogues
+from entangle.data.chat_templates import TemplateError
 from entangle.data.records import PreferenceRecord
 from entangle.errors import UserError
 
@@ -36,11 +37,13 @@ class ReadReport(NamedTuple):
       path: the file.
       lines_read: number of lines that are not blank.
       bad_lines: the lines that were left out, in order.
+      text_lines: the sources of the pairs whose completions are text, not chat messages, in order.
     """
 
     path: str
     lines_read: int
     bad_lines: tuple[BadLine, ...]
+    text_lines: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """Return the report as lines to print: the counts, then the first bad lines.
@@ -55,7 +58,9 @@ class ReadReport(NamedTuple):
         return [f"{self.path}: {self.lines_read - bad} of {self.lines_read} lines read, {bad} bad", *shown, *rest]
 
 
-def read_preferences(path: str | Path) -> tuple[list[PreferenceRecord], ReadReport]:
+def read_preferences(
+    path: str | Path, form: dialogues.ChatForm = dialogues.hh_rlhf
+) -> tuple[list[PreferenceRecord], ReadReport]:
     """Read a preference file, one JSON object a line.
 
     A line is one of: ``prompt``, ``chosen`` and ``rejected`` as strings; the same as lists of chat messages (``role``,
@@ -65,28 +70,33 @@ def read_preferences(path: str | Path) -> tuple[list[PreferenceRecord], ReadRepo
 
     Args:
       path: a ``.jsonl`` or ``.jsonl.gz`` file.
+      form: writes chat messages out, for example a `ChatTemplate`.
 
     Returns:
       The pairs, in order, with sources ``"file:line"``, and the report.
 
     Raises:
-      UserError: the file cannot be read, or has not one good line.
+      UserError: the file cannot be read, has not one good line, or one that the template cannot write.
     """
     path = Path(path)
     records: list[PreferenceRecord] = []
     bad: list[BadLine] = []
+    text: list[str] = []
     for number, line in _numbered_lines(path):
         source = f"{path.name}:{number}"
         try:
-            prompt, chosen, rejected = dialogues.parse_pair(_parse_object(line))
+            fields = _parse_object(line)
+            records.append(PreferenceRecord(*dialogues.parse_pair(fields, form), source))
         except dialogues.NotAPairError as error:
             bad.append(BadLine(source, str(error)))
+        except TemplateError as error:
+            raise UserError(f"{source}: {error}") from error
         else:
-            records.append(PreferenceRecord(prompt, chosen, rejected, source))
+            text += [source] if dialogues.is_text(fields) else []
     if not records:
         first = f"; the first bad one is {bad[0].source}: {bad[0].reason}" if bad else ""
         raise UserError(f"{path}: no preference pair in {len(bad)} lines{first}")
-    return records, ReadReport(path.name, len(records) + len(bad), tuple(bad))
+    return records, ReadReport(path.name, len(records) + len(bad), tuple(bad), tuple(text))
 
 
 def divide_by_prompt(

@@ -19,7 +19,8 @@ _EOS_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>")
 class Tokenizer:
     """A tokeniser with an end-of-text token, whatever library holds it.
 
-    Special tokens are never read out of a text: a tweet that says ``<|endoftext|>`` is plain characters.
+    Special tokens are not read out of a text, unless a template has written it: a tweet that says ``<|endoftext|>`` is
+    plain characters.
 
     Args:
       inner: the tokeniser of the ``tokenizers`` library.
@@ -64,9 +65,18 @@ class Tokenizer:
         """Return the token ids of a text; nothing is added before or after."""
         return list(self._inner.encode(text, add_special_tokens=False).ids)
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of many texts; the same as `encode` on each, faster."""
-        return [encoding.ids for encoding in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+    def encode_many(self, texts: Sequence[str], *, special_tokens: bool = False) -> list[list[int]]:
+        """Return the token ids of many texts; the same as `encode` on each, faster.
+
+        Args:
+          texts: the texts.
+          special_tokens: whether special tokens that are written out in a text are read as what they are.
+        """
+        self._inner.encode_special_tokens = not special_tokens
+        try:
+            return [encoding.ids for encoding in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+        finally:
+            self._inner.encode_special_tokens = True
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; bytes that are no character become U+FFFD."""
@@ -105,7 +115,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         if whole.exists():
             return Tokenizer(tokenizers.Tokenizer.from_file(str(whole)))
-        return Tokenizer(_byte_level(models.BPE.from_file(str(vocab), str(merges))))
+        inner = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
+        inner.add_special_tokens([name for name in _EOS_NAMES if inner.token_to_id(name) is not None])
+        return Tokenizer(inner)
     except Exception as error:  # the library raises bare Exception on files that it cannot parse
         raise UserError(f"{folder}: not a readable tokeniser: {error}") from error
 

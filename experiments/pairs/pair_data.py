@@ -171,6 +171,7 @@ def encode(
     held_out: Sequence[PreferenceRecord],
     *,
     add_eos: bool,
+    special_tokens: bool = False,
     trained: Sequence[str] = ("sft", "preference"),
 ) -> tuple[stages.PreferenceData, dict[str, list[str]]]:
     """Store both splits through TFDS and encode them.
@@ -184,6 +185,7 @@ def encode(
       train: training pairs.
       held_out: pairs that are only looked at.
       add_eos: whether completions end with the end-of-text token.
+      special_tokens: whether special tokens that a template has written are read as what they are.
       trained: the stages that take batches of the training pairs.
 
     Returns:
@@ -197,7 +199,9 @@ def encode(
     encoded, lines = {}, {}
     for split in records:
         stored = data.load_pairs(prepared, split)
-        encoded[split], found = data.encode_pairs(stored, tokenizer, settings.max_length, add_eos=add_eos)
+        encoded[split], found = data.encode_pairs(
+            stored, tokenizer, settings.max_length, add_eos=add_eos, special_tokens=special_tokens
+        )
         lines[split] = found.lines()
     for stage in trained:
         check_size(stage, getattr(settings, stage), len(encoded["train"].tokens), "training pairs")
