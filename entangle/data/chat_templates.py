@@ -1,7 +1,7 @@
 """Chat messages as a checkpoint's own template writes them.
 
 The template is a Jinja program of the checkpoint's folder, run in a sandbox with what ``transformers`` gives it. It writes the
-special tokens itself, so its text is encoded with them recognised and nothing added: ``encode_pairs(special_tokens=True)``.
+special tokens itself, so its text is encoded with them recognised and nothing added: ``encode_pairs(templated=True)``.
 """
 
 from __future__ import annotations

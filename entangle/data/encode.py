@@ -72,7 +72,7 @@ def encode_pairs(
     max_length: int,
     add_eos: bool,
     *,
-    special_tokens: bool = False,
+    templated: bool = False,
 ) -> tuple[EncodedPairs, EncodingReport]:
     """Encode pairs to ``[N, 2, max_length]``.
 
@@ -86,7 +86,8 @@ def encode_pairs(
       tokenizer: the tokeniser.
       max_length: T, the same for every set, so that one compilation serves all.
       add_eos: end completions with the end-of-text token.
-      special_tokens: read special tokens out of the texts, where a chat template has written them.
+      templated: a chat template wrote prompt and completion, as one text: special tokens are read out of it, and a
+        completion's tokens are what it adds to the prompt's, if these stay as they are.
 
     Returns:
       The arrays and the report.
@@ -106,7 +107,7 @@ def encode_pairs(
     found: dict[str, list[str]] = {"prompt_cut": [], "too_long": [], "empty": [], "equal": []}
     rows: list[tuple[list[int], list[int], list[int]]] = []
     sources: list[str] = []
-    token_lists = _token_lists(records, tokenizer, add_eos, special_tokens)
+    token_lists = _token_lists(records, tokenizer, add_eos, templated)
     for record, (prompt, chosen, rejected) in zip(records, token_lists, strict=True):
         room = max_length - max(len(chosen), len(rejected))
         problem = _problem(record, chosen, rejected, room)
@@ -126,13 +127,33 @@ def encode_pairs(
 
 
 def _token_lists(
-    records: Sequence[PreferenceRecord], tokenizer: Tokenizer, add_eos: bool, special_tokens: bool
+    records: Sequence[PreferenceRecord], tokenizer: Tokenizer, add_eos: bool, templated: bool
 ) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    columns = ([record[field] for record in records] for field in range(3))
+    prompts, *completions = ([record[field] for record in records] for field in range(3))
+    prompt_ids = tokenizer.encode_many(prompts, special_tokens=templated)
+    if templated:
+        ids = [_continuations(tokenizer, prompts, prompt_ids, texts) for texts in completions]
+    else:
+        ids = [tokenizer.encode_many(texts) for texts in completions]
     end = [tokenizer.eos_id] if add_eos else []
-    encoded = (tokenizer.encode_many(texts, special_tokens=special_tokens) for texts in columns)
-    for prompt, chosen, rejected in zip(*encoded, strict=True):
+    for prompt, chosen, rejected in zip(prompt_ids, *ids, strict=True):
         yield prompt or [tokenizer.eos_id], chosen + end, rejected + end
+
+
+def _continuations(
+    tokenizer: Tokenizer, prompts: Sequence[str], prompt_ids: Sequence[list[int]], completions: Sequence[str]
+) -> list[list[int]]:
+    """Completions' tokens in the one text that a template writes: a tokeniser can add a space before a text of its own.
+
+    Where a token of that text holds the end of the prompt and the beginning of the completion, it is tokenised apart.
+    """
+    together = map("".join, zip(prompts, completions, strict=True))
+    whole = tokenizer.encode_many(list(together), special_tokens=True)
+    apart = tokenizer.encode_many(completions, special_tokens=True)
+    return [
+        ids[len(prompt) :] if ids[: len(prompt)] == prompt else completion
+        for prompt, ids, completion in zip(prompt_ids, whole, apart, strict=True)
+    ]
 
 
 def _problem(record: PreferenceRecord, chosen: list[int], rejected: list[int], room: int) -> str | None:

@@ -171,7 +171,7 @@ def encode(
     held_out: Sequence[PreferenceRecord],
     *,
     add_eos: bool,
-    special_tokens: bool = False,
+    templated: bool = False,
     trained: Sequence[str] = ("sft", "preference"),
 ) -> tuple[stages.PreferenceData, dict[str, list[str]]]:
     """Store both splits through TFDS and encode them.
@@ -185,7 +185,7 @@ def encode(
       train: training pairs.
       held_out: pairs that are only looked at.
       add_eos: whether completions end with the end-of-text token.
-      special_tokens: whether special tokens that a template has written are read as what they are.
+      templated: whether a chat template wrote the texts; see ``data.encode_pairs``.
       trained: the stages that take batches of the training pairs.
 
     Returns:
@@ -200,7 +200,7 @@ def encode(
     for split in records:
         stored = data.load_pairs(prepared, split)
         encoded[split], found = data.encode_pairs(
-            stored, tokenizer, settings.max_length, add_eos=add_eos, special_tokens=special_tokens
+            stored, tokenizer, settings.max_length, add_eos=add_eos, templated=templated
         )
         lines[split] = found.lines()
     for stage in trained:

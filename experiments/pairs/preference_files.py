@@ -121,7 +121,7 @@ def encode_records(
             train[: settings.train_pairs],
             held_out[: settings.held_out_pairs],
             add_eos=not records.templated,
-            special_tokens=records.templated,
+            templated=records.templated,
             trained=trained,
         )
     except UserError as error:

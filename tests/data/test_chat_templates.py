@@ -1,10 +1,18 @@
 import json
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models, normalizers
 from tokenizers import Tokenizer as Inner
 
-from entangle.data import ChatTemplate, Tokenizer, encode_pairs, load_chat_template, load_tokenizer, read_preferences
+from entangle.data import (
+    ChatTemplate,
+    PreferenceRecord,
+    Tokenizer,
+    encode_pairs,
+    load_chat_template,
+    load_tokenizer,
+    read_preferences,
+)
 from entangle.data.chat_templates import TemplateError
 from entangle.data.tokenization import train_bpe
 from entangle.errors import UserError
@@ -168,11 +176,29 @@ def test_tokens_that_the_template_wrote_are_read_and_none_is_added(tmp_path):
     template = load_chat_template(tmp_path)
     line = {"prompt": "hi", "chosen": messages(ANSWERS[0]), "rejected": messages(ANSWERS[1])}
     records, _ = read_preferences(write(tmp_path / "a.jsonl", line), template)
-    encoded, _ = encode_pairs(records, tokenizer, 128, add_eos=False, special_tokens=True)
+    encoded, _ = encode_pairs(records, tokenizer, 128, add_eos=False, templated=True)
     assert tokenizer.token_labels(encoded.tokens[0, 0][encoded.completion_mask[0, 0]]) == [*"good", "<|eot_id|>"]
     assert tokenizer.token_labels(encoded.tokens[0, 0, :2]) == ["<|begin|>", "<|start_header_id|>"]
     assert tokenizer.encode_many(["<|eot_id|>"]) == [tokenizer.encode("<|eot_id|>")]  # the next text is plain again
     assert len(tokenizer.encode("<|eot_id|>")) == len("<|eot_id|>")
+
+
+def test_a_tokeniser_that_puts_a_space_before_a_text_sees_one_text():
+    characters = ["</s>", "▁", *"hieyoas:"]
+    inner = Inner(
+        models.BPE({token: index for index, token in enumerate([*characters, "▁▁", "s:"])}, [("▁", "▁"), ("s", ":")])
+    )
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.add_special_tokens(["</s>"])
+    tokenizer = Tokenizer(inner)
+    records = [PreferenceRecord("</s>hi", " yes</s>", " hey</s>", "x:1"), PreferenceRecord("yes", ":", "a", "x:2")]
+    encoded, _ = encode_pairs(records, tokenizer, 16, add_eos=False, templated=True)
+    labels = [
+        [tokenizer.decode([i]) for i in ids[mask]] for ids, mask in zip(*(a[:, 0] for a in encoded[:2]), strict=True)
+    ]
+    assert labels[0] == ["▁", *"yes", "</s>"]  # apart it would be two spaces, here one token
+    assert labels[1] == ["▁", ":"]  # 's:' would be a token of both: apart, as it is without a template
+    assert tokenizer.encode(" yes") == [tokenizer.encode("  ")[0], *map(characters.index, "yes")]
 
 
 def test_gpt2_files_know_their_special_token(tmp_path):
