@@ -76,9 +76,10 @@ def process_rows(mesh: Mesh, size: int) -> np.ndarray:
       UserError: the pairs cannot be divided over the devices.
 
     Example:
+      >>> import jax
       >>> from entangle import sharding
       >>> from entangle.training.streams import process_rows
-      >>> process_rows(sharding.make_mesh("data=1"), 4).tolist()
+      >>> process_rows(sharding.make_mesh("data=1", jax.devices()[:1]), 4).tolist()
       [0, 1, 2, 3]
     """
     sharding.check_pairs(mesh, size, "batch size")
@@ -98,9 +99,10 @@ def global_rows(batch: T, mesh: Mesh, size: int) -> T:
       A tree like it with leaves ``[B, ...]``.
 
     Example:
+      >>> import jax
       >>> from entangle import sharding
       >>> from entangle.training.streams import global_rows
-      >>> global_rows(np.ones((4, 2)), sharding.make_mesh("data=1"), 4).sharding.spec
+      >>> global_rows(np.ones((4, 2)), sharding.make_mesh("data=1", jax.devices()[:1]), 4).sharding.spec
       P(('data', 'fsdp'),)
     """
     lie = sharding.pair_sharding(mesh)

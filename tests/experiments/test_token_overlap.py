@@ -55,7 +55,7 @@ def test_ches_is_summed_over_the_states_that_predict_the_response():
 def test_equal_responses_are_alike_in_everything_and_move_alike():
     model = models.language_model(models.DecoderConfig(vocab_size=7, max_positions=8, width=8, layers=1, heads=2))
     start, end = (model.init(jax.random.key(seed)) for seed in (0, 1))
-    tokens, mask = (np.repeat(np.asarray(leaf)[:, :1], 2, axis=1) for leaf in draw_pairs(0, pairs=3))
+    tokens, mask = (np.repeat(np.asarray(leaf)[:, :1], 2, axis=1) for leaf in draw_pairs(0, pairs=3)[:2])
     found = token_overlap_measure.pair_columns(model, start, end, PairBatch(jnp.asarray(tokens), jnp.asarray(mask)), 2)
     assert found["edit_distance"].tolist() == [0, 0, 0]
     np.testing.assert_allclose(found["ches"], 0.0, atol=1e-5)

@@ -1,19 +1,20 @@
-"""Run by test_head.py in a process of its own, on 4 virtual devices: values and collectives of the sharded head, as JSON."""
+"""Run by test_head.py in a process of its own, on 4 virtual devices of 8: values and collectives of the head, as JSON."""
 
 import json
 import math
 import re
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from entangle.models.head import completion_log_probs
-from tests.toy import draw_pairs
+jax.config.update("jax_num_cpu_devices", 8)
 
-jax.config.update("jax_num_cpu_devices", 4)
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.sharding import AxisType, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+from entangle.models.head import completion_log_probs  # noqa: E402
+from tests.toy import draw_pairs  # noqa: E402
 
 PAIRS, LENGTH, WIDTH, VOCAB = 4, 12, 6, 52
 COLLECTIVE = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
@@ -47,7 +48,7 @@ def main():
 
         whole = lambda h, t: completion_log_probs(h, t, batch.tokens, batch.completion_mask).sum()  # noqa: E731
         expected = jax.jit(jax.value_and_grad(whole, (0, 1)))(hidden, table)
-        mesh = jax.make_mesh((2, 2), ("data", "vocabulary"), axis_types=(kind,) * 2)
+        mesh = jax.make_mesh((2, 2), ("data", "vocabulary"), axis_types=(kind,) * 2, devices=jax.devices()[:4])
         pairs = P("data") if shards == 2 else P(("data", "vocabulary"))
         rows = P("vocabulary") if shards == 2 else P()
         lie = [NamedSharding(mesh, spec) for spec in (pairs, rows)]

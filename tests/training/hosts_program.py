@@ -9,7 +9,6 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-import resumable
 
 from entangle import command_line, data, distributed, sharding, training, transforms
 from entangle.losses import dpo
@@ -19,6 +18,8 @@ STAGE = training.StageConfig(10, 4, training.OptimizerConfig(learning_rate=0.02)
 
 
 def main(folder, devices, seconds="0", width="6"):
+    import resumable  # beside this file, which is run and not imported
+
     jax.config.update("jax_num_cpu_devices", int(devices))
     distributed.initialize(heartbeat_seconds=10)
     mesh = sharding.make_mesh({"fsdp": jax.device_count()})  # every process holds a part of the parameters alone
