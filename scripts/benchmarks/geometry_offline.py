@@ -81,7 +81,7 @@ def ours(config: DecoderConfig, params: Params, pairs: PairBatch) -> Callable[[]
     lengths = np.max(np.where(pairs.completion_mask, np.arange(1, pairs.tokens.shape[-1] + 1), 0), axis=(1, 2))
     order = np.argsort(lengths, kind="stable")
     groups = [order[start : start + GROUP] for start in range(0, len(order), GROUP)]
-    batches = [PairBatch(*(jnp.asarray(leaf[g, :, : lengths[g].max()]) for leaf in pairs)) for g in groups]
+    batches = [jax.tree.map(lambda leaf, g=g: jnp.asarray(leaf[g, :, : lengths[g].max()]), pairs) for g in groups]
     exact = jax.jit(lambda params, batch: jnp.stack(geometry.pair_geometry(log_prob_fn, params, batch), -1))
 
     def run() -> np.ndarray:

@@ -75,6 +75,7 @@ class Benchmark(NamedTuple):
       warm_up: rounds that are checked for agreement and not timed.
       runs: rounds that are timed.
       tolerance: largest difference of the losses of a warm-up round.
+      pairs: that every contender trains on in a round; with it, pairs a second are told.
     """
 
     summary: str
@@ -85,6 +86,7 @@ class Benchmark(NamedTuple):
     warm_up: int
     runs: int
     tolerance: float
+    pairs: int | None = None
 
 
 class Timing(NamedTuple):

@@ -39,10 +39,13 @@ def report_lines(name: str, benchmark: Benchmark, result: Result, machine: Mappi
     known = any(timing.memory is not None for timing in result.timings)
     wide = max(12, 1 + max(len(timing.name) for timing in result.timings))
     lines = [f"{name}: {benchmark.summary}", f"{'contender':<{wide}}{'median s':>10}{'quartiles s':>24}{'runs':>6}"]
+    lines[1] += f"{'pairs/s':>10}" if benchmark.pairs else ""
     lines[1] += f"{'peak GiB':>10}" if known else ""
     for timing in result.timings:
         low, middle, high = spread(timing.seconds)
         lines.append(f"{timing.name:<{wide}}{middle:>10.4f}{f'{low:.4f} .. {high:.4f}':>24}{len(timing.seconds):>6}")
+        if benchmark.pairs:
+            lines[-1] += f"{benchmark.pairs / middle:>10.3f}"
         if known:
             lines[-1] += f"{'' if timing.memory is None else f'{timing.memory / 2**30:.2f}':>10}"
     mine = result.timings[0].name
@@ -53,6 +56,7 @@ def report_lines(name: str, benchmark: Benchmark, result: Result, machine: Mappi
             f"ratio {mine} / {timing.name}: {result.ratio(other):.3f} "
             f"(round by round, quartiles {low:.3f} .. {high:.3f})"
             f"{'' if memory is None else f', peak memory {memory:.3f}'}; below 1, {mine} takes less"
+            f"{f'; {1 / result.ratio(other):.3f} times as many pairs a second' if benchmark.pairs else ''}"
         )
     checked = benchmark.warm_up or benchmark.runs
     rounds = zip(*(timing.losses[:checked] for timing in result.timings), strict=True)
@@ -72,8 +76,8 @@ def write_json(path: Path, name: str, benchmark: Benchmark, result: Result, mach
 
     Its keys are ``name``, ``summary``, ``ratios`` (of the first contender over every other one: ``ratio`` of medians,
     ``spread`` round by round, ``memory`` or null), ``runs`` (seconds of every timed round), ``spread`` (of these: lower
-    quartile, median, upper quartile), ``losses`` (of every round, warm-up included), ``memory`` (bytes at the peak, or
-    null), ``warm_up``, ``tolerance`` and ``machine``.
+    quartile, median, upper quartile), ``pairs_per_second`` (at the median, or null), ``losses`` (of every round, warm-up
+    included), ``memory`` (bytes at the peak, or null), ``warm_up``, ``tolerance`` and ``machine``.
 
     Args:
       path: the file; replaced when it exists.
@@ -98,6 +102,10 @@ def write_json(path: Path, name: str, benchmark: Benchmark, result: Result, mach
         },
         "runs": {timing.name: timing.seconds for timing in result.timings},
         "spread": {timing.name: spread(timing.seconds)._asdict() for timing in result.timings},
+        "pairs_per_second": {
+            timing.name: benchmark.pairs / spread(timing.seconds).median if benchmark.pairs else None
+            for timing in result.timings
+        },
         "losses": {timing.name: timing.losses for timing in result.timings},
         "memory": {timing.name: timing.memory for timing in result.timings},
         "warm_up": benchmark.warm_up,

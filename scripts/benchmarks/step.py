@@ -61,7 +61,7 @@ def contenders(folder: Path, config: DecoderConfig, pairs: int, length: int) -> 
     reference = jax.jit(model.log_probs)(jax.jit(model.init)(jax.random.key(1)), examples.pairs)
     examples = examples._replace(reference=reference)
     save_pretrained(folder / "gpt2", config, params)
-    batch = [np.array(leaf) for leaf in (*examples.pairs, examples.reference)]
+    batch = [np.array(leaf) for leaf in (examples.pairs.tokens, examples.pairs.completion_mask, examples.reference)]
     theirs = step_torch.contender(folder / "gpt2", *batch, beta=BETA, learning_rate=LEARNING_RATE)
     return _ours(config, params, examples), theirs
 

@@ -14,6 +14,7 @@ from scripts.benchmarks import (
     step,
     sweep_folders,
     token_heatmap,
+    trl_throughput,
 )
 from scripts.benchmarks.measuring import Benchmark
 
@@ -27,6 +28,17 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         warm_up=2,
         runs=5,
         tolerance=1e-4,
+    ),
+    "trl_throughput": Benchmark(
+        summary="DPO training, exact geometry on, GPT-2 small, 4 pairs of 64 + 64 tokens a step, float32, against TRL",
+        extra="peers",
+        modules=("torch", "transformers", "trl"),
+        packages=("jax", "jaxlib", "flax", "optax", "torch", "transformers", "trl"),
+        prepare=trl_throughput.prepare,
+        warm_up=2,
+        runs=9,
+        tolerance=1e-4,
+        pairs=trl_throughput.PAIRS,
     ),
     "geometry_step": Benchmark(
         summary="DPO gradient with every pair's exact geometry, GPT-2 small, 4 pairs of 128 tokens, float32, against without",

@@ -34,6 +34,7 @@ def test_json_holds_the_measurement(tmp_path, ticking):
     # (2k)^2 - (2k-1)^2 = 4k - 1: k = 1, 2 are the warm-up round; ours has k = 3, 5, 7, theirs k = 4, 6, 8.
     assert content["runs"] == {"ours": [11.0, 19.0, 27.0], "theirs": [15.0, 23.0, 31.0]}
     assert content["spread"]["ours"] == {"lower": 15.0, "median": 19.0, "upper": 23.0}
+    assert content["pairs_per_second"] == {"ours": None, "theirs": None}
     assert list(content["ratios"]) == ["theirs"]
     assert content["ratios"]["theirs"]["ratio"] == 19.0 / 23.0
     assert content["ratios"]["theirs"]["memory"] == 1.5
@@ -45,6 +46,17 @@ def test_json_holds_the_measurement(tmp_path, ticking):
         1,
         1e-4,
     )
+
+
+def test_pairs_a_second_are_told_where_a_round_has_pairs(tmp_path, capsys, ticking):
+    file = tmp_path / "result.json"
+    assert command.main(["fake", "--json", str(file)], {"fake": fake()["fake"]._replace(pairs=38)}) == 0
+    # medians of 19 and 23 seconds, see above; 23 / 19 = 1.2105
+    assert json.loads(file.read_text())["pairs_per_second"] == {"ours": 2.0, "theirs": 38 / 23}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[-3:] == ["pairs/s", "peak", "GiB"]
+    assert lines[2].split()[-2:] == ["2.000", "1.50"] and lines[3].split()[-2:] == ["1.652", "1.00"]
+    assert lines[4].endswith("; below 1, ours takes less; 1.211 times as many pairs a second")
 
 
 def test_json_describes_the_machine(tmp_path, ticking):
