@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 
+import pytest
+import wandb
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
@@ -76,7 +78,15 @@ def test_what_agents_decide_is_refused_and_files_that_cannot_be_written(fail, tm
     assert list(tmp_path.iterdir()) == [there]
 
 
-def test_an_agents_run_is_the_trial_and_its_start_is_not_mirrored(tmp_path, monkeypatch):
+@pytest.fixture
+def fresh_wandb():
+    """W&B keeps what the environment said when it was first used in a process."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+def test_an_agents_run_is_the_trial_and_its_start_is_not_mirrored(fresh_wandb, tmp_path, monkeypatch):
     for name, value in {"MODE": "offline", "SWEEP_ID": "s1", "RUN_ID": "agents0", "SWEEP_PARAM_PATH": ""}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     tracker = launch._trackers(SweepConfig(out=tmp_path), "margin_objectives")
