@@ -27,7 +27,7 @@ def run(settings: PlanConfig) -> Plan:
     """
     kind, shape = parse_topology(settings.topology)
     config = decoder(settings)
-    print(f"compiling {config.parameters / 1e9:.2f} billion parameters for {settings.topology}", flush=True)
+    print(f"compiling {config.parameters:,} parameters for {settings.topology}", flush=True)
     tries: list[Try] = []
     if shape is None:
         settings, tries = smallest_slice(settings, _say)

@@ -61,6 +61,8 @@ def decoder(settings: PlanConfig) -> DecoderConfig:
     if Path(settings.model, "config.json").is_file():
         config = read_config(Path(settings.model, "config.json"))[1]
     else:
+        if settings.model in models.PRESETS.keys() - models.VOCABULARIES.keys() and not settings.vocab_size:
+            raise UserError(f"--model {settings.model}: its vocabulary comes from the tokenizer; give --vocab-size")
         config = models.preset(settings.model, settings.vocab_size or None)
     for flag in ("dtype", "frozen_dtype", "compute_dtype"):
         if getattr(settings, flag) not in DTYPES:

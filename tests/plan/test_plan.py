@@ -119,6 +119,10 @@ def test_what_the_compiler_says_it_needs_is_read():
         (["--topology", "v5p:8x8"], "a slice of v5p has 3 axes"),
         (["--topology", "h100:8"], "XLA's GPU compiler needs a GPU on this machine"),
         (["--model", "llama9"], "unknown model preset 'llama9'"),
+        (
+            ["--experiment", "experiments.scale"],
+            "--model tiny: its vocabulary comes from the tokenizer; give --vocab-size",
+        ),
         (["--lora", "huge"], "LoRA 'huge': choose from none, paper, attention, all"),
         (["--dtype", "float8"], "--dtype float8: choose from float32, bfloat16"),
         (["--max-length", "9000"], "--max-length 9000: llama3_8b has 8192 positions"),
