@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -46,6 +48,29 @@ def connected(settings: OnRay) -> Iterator[int]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if settings.address != LOCAL:
         _reach(settings.address)
+    with _sigterm_as_before():
+        _start(settings)
+        try:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            yield _checked_room(settings, nodes)
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _sigterm_as_before() -> Iterator[None]:
+    # Ray's answer to SIGTERM stays behind after ray.shutdown, and training that comes later would not hear the signal
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _start(settings: OnRay) -> None:
+    import ray
+
     with warnings.catch_warnings():
         # JAX warns of every fork, and what Ray forks becomes another program at once
         warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
@@ -56,11 +81,6 @@ def connected(settings: OnRay) -> Iterator[int]:
             include_dashboard=False if settings.address == LOCAL else None,
             runtime_env={"env_vars": environment(settings, os.environ)},
         )
-    try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        yield _checked_room(settings, nodes)
-    finally:
-        ray.shutdown()
 
 
 def room(needs: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -164,10 +165,12 @@ def test_a_task_whose_process_dies_is_started_again(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(on_ray, "_train", dies_once)
     monkeypatch.setattr(figures, "redraw", lambda out: [])
     settings = small(tmp_path / "out", ray=OnRay("local", cpus=float(os.cpu_count())))  # room for one
+    before = signal.getsignal(signal.SIGTERM)
     assert margin_objectives.run(settings) == [tmp_path / "out" / "summary.csv"]
     (trial,) = plan(TRIAL, margin_objectives.sweep(settings), identity)
     assert f"done: {trial.name} (1 done, 0 failed, 0 to go)" in capsys.readouterr().out
     assert (tmp_path / "out" / "died").exists()
+    assert signal.getsignal(signal.SIGTERM) == before  # not Ray's, which stays behind after its end
 
 
 @pytest.mark.slow
