@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from entangle import models, training
@@ -28,6 +29,7 @@ class Program(NamedTuple):
       step: jitted step: state, batch and (for preferences) the probe.
       memory: parameters at the start to what the gradients remember, see ``training.preference_memory``.
       place: where everything lies; parameters are handed from stage to stage on the host where that is a mesh.
+      draws: whether batches come with a seed for every row, see :func:`row_seeds`.
     """
 
     stage: StageConfig
@@ -35,6 +37,7 @@ class Program(NamedTuple):
     step: Callable[..., Any]
     memory: Callable[[Params], Any] = lambda params: ()
     place: Placement = FIRST_DEVICE
+    draws: bool = False
 
     def begin(self, start: Params) -> TrainState:
         """The state at step 0."""
@@ -64,14 +67,13 @@ def likelihood_program(
     frozen = frozen or {}
 
     def step(frozen: Params, state: TrainState, batch: TokenBatch) -> Any:
-        if drops_out(model):
-            batch = batch._replace(seeds=_seeds(state.step, batch.tokens.shape[:1]))
+        batch = batch._replace(seeds=_at_step(batch.seeds, state.step))
         gradients = training.likelihood_gradients(models.on_frozen(model, frozen).token_log_probs)
         return training.make_step(gradients, tx, stage.optimizer.schedule(stage.steps))(state, batch)
 
     begin = models.on_frozen(model, frozen).init
     compiled = place.jit_step(step, lambda key: training.init_state(begin(key), tx))
-    return Program(stage, tx, functools.partial(compiled, frozen), place=place)
+    return Program(stage, tx, functools.partial(compiled, frozen), place=place, draws=drops_out(model))
 
 
 def drops_out(model: LanguageModel) -> bool:
@@ -86,9 +88,28 @@ def drops_out(model: LanguageModel) -> bool:
     return model.config.lora is not None and model.config.lora.dropout > 0
 
 
-def _seeds(step: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """What the rows of a step's batch draw their dropout from: a function of the step, so that runs can go on."""
-    return jax.random.bits(jax.random.fold_in(jax.random.key(0), step), shape, jnp.uint32)
+def row_seeds(draws: bool, rows: tuple[int, ...], seed: int) -> np.ndarray | None:
+    """What the rows of a run draw their dropout from, a number for each; None where nothing is drawn.
+
+    Args:
+      draws: whether something is.
+      rows: shape of the numbers.
+      seed: of the run.
+
+    Example:
+      >>> from experiments.pairs.programs import row_seeds
+      >>> row_seeds(True, (2, 2), 0).dtype, row_seeds(False, (2, 2), 0)
+      (dtype('uint32'), None)
+    """
+    return np.random.default_rng(seed).integers(1 << 32, size=rows, dtype=np.uint32) if draws else None
+
+
+def _at_step(seeds: jax.Array | None, step: jax.Array) -> jax.Array | None:
+    """The rows' seeds at a step: a function of both, so that runs can go on."""
+    if seeds is None:
+        return None
+    drawn = jax.vmap(lambda seed: jax.random.bits(jax.random.fold_in(jax.random.key(seed), step), (), jnp.uint32))
+    return drawn(seeds.reshape(-1)).reshape(seeds.shape)
 
 
 def preference_program(
@@ -130,9 +151,8 @@ def preference_program(
         )
 
     def step(frozen: Params, state: TrainState, batch: PreferenceExamples, probe: PairBatch | None = None) -> Any:
-        if drops_out(model):
-            seeds = _seeds(state.step, batch.pairs.tokens.shape[:2])
-            batch = batch._replace(pairs=batch.pairs._replace(seeds=seeds))
+        seeds = _at_step(batch.pairs.seeds, state.step)
+        batch = batch._replace(pairs=batch.pairs._replace(seeds=seeds))
         return functions(frozen).step(state, batch, probe)
 
     tx = functions(frozen).tx
@@ -144,7 +164,7 @@ def preference_program(
         return training.init_state(params, tx, memory(params))
 
     return PreferenceProgram(
-        Program(stage, tx, functools.partial(place.jit_step(step, begin), frozen), memory, place),
+        Program(stage, tx, functools.partial(place.jit_step(step, begin), frozen), memory, place, drops_out(model)),
         functools.partial(place.jit(lambda frozen, *rest: functions(frozen).score(*rest)), frozen),
         functools.partial(place.jit(lambda frozen, *rest: functions(frozen).diagnose(*rest)), frozen),
     )

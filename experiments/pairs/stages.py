@@ -19,7 +19,7 @@ from entangle import data, distributed, training
 from entangle.models import LanguageModel
 from entangle.training import PreferenceExamples, RunFolder, TokenBatch, TrainState
 from entangle.types import PairBatch, Params
-from experiments.pairs.programs import PreferenceProgram, Program
+from experiments.pairs.programs import PreferenceProgram, Program, row_seeds
 
 TrackerFactory = Callable[[Path, Mapping[str, Any]], training.Tracker]
 
@@ -141,10 +141,15 @@ def supervise(
       tracker: makes the mirror of a run.
     """
     place, size = program.place, program.stage.batch_size
-    stream = data.pair_batches(train, size, int(identity["seed"]), place.rows(size))
-    batches = training.MappedBatches(
-        stream, lambda pairs, _: place.joined(TokenBatch(pairs.tokens[:, 0], pairs.completion_mask[:, 0]), size)
-    )
+    seed = int(identity["seed"])
+    stream = data.pair_batches(train, size, seed, place.rows(size))
+    seeds = row_seeds(program.draws, (len(train.tokens),), seed)
+
+    def chosen(pairs: PairBatch, index: np.ndarray) -> TokenBatch:
+        drawn = None if seeds is None else seeds[index]
+        return place.joined(TokenBatch(pairs.tokens[:, 0], pairs.completion_mask[:, 0], drawn), size)
+
+    batches = training.MappedBatches(stream, chosen)
     identity = {"kind": "sft", **identity}
     return _finish(folder, identity, program, start, batches, program.step, tracker, sources=train.sources)
 
@@ -191,11 +196,15 @@ def prefer(
     def evaluate(state: TrainState) -> dict[str, jax.Array]:
         return program.diagnose(state.params, eval_, eval_train, rate, state.memory)
 
-    size = stage.batch_size
-    stream = data.pair_batches(pairs.train, size, int(identity["seed"]), place.rows(size))
-    batches = training.MappedBatches(
-        stream, lambda batch, index: place.joined(PreferenceExamples(batch, by_index[index]), size)
-    )
+    size, seed = stage.batch_size, int(identity["seed"])
+    stream = data.pair_batches(pairs.train, size, seed, place.rows(size))
+    seeds = row_seeds(program.program.draws, pairs.train.tokens.shape[:2], seed)
+
+    def examples(batch: PairBatch, index: np.ndarray) -> PreferenceExamples:
+        drawn = None if seeds is None else seeds[index]
+        return place.joined(PreferenceExamples(batch._replace(seeds=drawn), by_index[index]), size)
+
+    batches = training.MappedBatches(stream, examples)
 
     def step(state: TrainState, batch: Any) -> Any:
         return program.program.step(state, batch, probe)

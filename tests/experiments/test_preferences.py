@@ -8,6 +8,7 @@ import re
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -351,6 +352,32 @@ def test_adapters_alone_are_trained_on_a_frozen_checkpoint(tmp_path, checkpoint)
     preferences.run(config)
     with pytest.raises(UserError, match="holds a run of another configuration: lora is"):
         preferences.run(dataclasses.replace(config, lora="rank=3,alpha=4,targets=qkv"))
+
+
+def test_dropout_is_drawn_from_the_runs_seed_the_row_and_the_step():
+    seeds = [programs.row_seeds(True, (3, 2), seed) for seed in (0, 1)]
+    drawn = [programs._at_step(jnp.asarray(some), jnp.int32(step)) for some in seeds for step in (0, 1)]
+    assert len(np.unique(drawn)) == 4 * 3 * 2
+
+    config = dataclasses.replace(
+        models.preset("tiny", 11), lora=models.lora_config("rank=2,alpha=4,targets=qkv,dropout=0.5")
+    )
+    model = models.language_model(config)
+    params = model.init(jax.random.key(0))
+    adapters, frozen = models.split_params(params)
+    program = programs.likelihood_program(model, training.StageConfig(4, 3), frozen=frozen)
+    assert program.draws
+    tokens = jnp.arange(15).reshape(3, 5) % 11
+
+    def adapted(seeds):
+        state = program.begin(adapters)
+        for _ in range(2):  # what an adapter draws is multiplied by zeros at first
+            state, _ = program.step(state, training.TokenBatch(tokens, jnp.ones((3, 5), bool), seeds))
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)])
+
+    one, again, other = (adapted(jnp.asarray(programs.row_seeds(True, (3,), seed))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 0
 
 
 def _metrics(folder):
