@@ -33,12 +33,16 @@ class Placement(NamedTuple):
 
     mesh: Mesh | None = None
 
-    def jit(self, function: Callable[..., Any], places: Any = None) -> Callable[..., Any]:
-        """Compile, the mesh being set; results lie as places say, whole on every device where these are None."""
+    def jit(self, function: Callable[..., Any], places: Any = None, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
+        """Compile, the mesh being set; results lie as places say, whole on every device where these are None.
+
+        Results take the place of the arguments with the numbers in ``donate``.
+        """
         if self.mesh is None:
-            return jax.jit(function)
+            return jax.jit(function, donate_argnums=donate)
         mesh = self.mesh
-        compiled = jax.jit(function, out_shardings=NamedSharding(mesh, P()) if places is None else places)
+        lie = NamedSharding(mesh, P()) if places is None else places
+        compiled = jax.jit(function, out_shardings=lie, donate_argnums=donate)
 
         def on_mesh(*arguments: Any) -> Any:
             with jax.set_mesh(mesh):
@@ -47,16 +51,19 @@ class Placement(NamedTuple):
         return on_mesh
 
     def jit_step(self, step: Callable[..., Any], begin: Callable[[jax.Array], TrainState]) -> Callable[..., Any]:
-        """Compile a training step, whose state stays where it begins; ``begin`` is only asked for shapes."""
+        """Compile a training step, a function of frozen parameters, state and more.
+
+        The next state lies where the state before lay, and takes its place; ``begin`` is only asked for shapes.
+        """
         if self.mesh is None:
-            return jax.jit(step)
+            return self.jit(step, donate=(1,))
         state = sharding.shardings(jax.eval_shape(begin, jax.random.key(0)), self.mesh)
-        return self.jit(step, (state, NamedSharding(self.mesh, P())))
+        return self.jit(step, (state, NamedSharding(self.mesh, P())), donate=(1,))
 
     def begin(self, start: Params, make: Callable[[Params], TrainState]) -> TrainState:
-        """The state that a run begins with, from parameters on the host."""
+        """The state that a run begins with, from parameters on the host, which stay as they are."""
         if self.mesh is None:
-            return make(start)
+            return make(jax.tree.map(jnp.copy, start))
         places = sharding.shardings(jax.eval_shape(make, start), self.mesh)
         return jax.jit(make, out_shardings=places)(self.params(start))
 

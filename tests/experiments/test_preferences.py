@@ -372,7 +372,10 @@ def test_dropout_is_drawn_from_the_runs_seed_the_row_and_the_step():
     def adapted(seeds):
         state = program.begin(adapters)
         for _ in range(2):  # what an adapter draws is multiplied by zeros at first
+            before = state
             state, _ = program.step(state, training.TokenBatch(tokens, jnp.ones((3, 5), bool), seeds))
+            # two states are never there at once, and what training begins from is left alone
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)])
 
     one, again, other = (adapted(jnp.asarray(programs.row_seeds(True, (3,), seed))) for seed in (0, 0, 1))
