@@ -7,7 +7,7 @@ functions return a ``Result``: the loss, and its derivatives by every single tok
 import contextlib
 import warnings
 from collections import defaultdict
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -82,6 +82,7 @@ class _Table:
 
     training = True
     is_gradient_checkpointing = False
+    _modules = MappingProxyType({})  # accelerate looks for compiled ones among them
 
     def __init__(self, log_probs, log_sum_squares, dtype):
         self.log_probs = torch.tensor(log_probs, dtype=dtype, requires_grad=True)
