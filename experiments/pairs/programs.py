@@ -67,7 +67,7 @@ def likelihood_program(
     frozen = frozen or {}
 
     def step(frozen: Params, state: TrainState, batch: TokenBatch) -> Any:
-        batch = batch._replace(seeds=_at_step(batch.seeds, state.step))
+        batch = batch._replace(seeds=_at_step(drops_out(model), batch.seeds, state.step))
         gradients = training.likelihood_gradients(models.on_frozen(model, frozen).token_log_probs)
         return training.make_step(gradients, tx, stage.optimizer.schedule(stage.steps))(state, batch)
 
@@ -88,26 +88,31 @@ def drops_out(model: LanguageModel) -> bool:
     return model.config.lora is not None and model.config.lora.dropout > 0
 
 
-def row_seeds(draws: bool, rows: tuple[int, ...], seed: int) -> np.ndarray | None:
-    """What the rows of a run draw their dropout from, a number for each; None where nothing is drawn.
+def row_seeds(draws: bool, rows: tuple[int, ...], seed: int) -> Callable[[np.ndarray], Any]:
+    """What the rows of a run draw their dropout from: examples' indices to a number for each row, None where nothing is drawn.
 
     Args:
       draws: whether something is.
-      rows: shape of the numbers.
+      rows: shape of all numbers, examples first.
       seed: of the run.
 
     Example:
       >>> from experiments.pairs.programs import row_seeds
-      >>> row_seeds(True, (2, 2), 0).dtype, row_seeds(False, (2, 2), 0)
-      (dtype('uint32'), None)
+      >>> row_seeds(True, (5, 2), 0)([3, 1]).shape, row_seeds(False, (5, 2), 0)([3, 1])
+      ((2, 2), None)
     """
-    return np.random.default_rng(seed).integers(1 << 32, size=rows, dtype=np.uint32) if draws else None
+    if not draws:
+        return lambda index: None
+    numbers = np.random.default_rng(seed).integers(1 << 32, size=rows, dtype=np.uint32)
+    return lambda index: numbers[index]
 
 
-def _at_step(seeds: jax.Array | None, step: jax.Array) -> jax.Array | None:
+def _at_step(draws: bool, seeds: jax.Array | None, step: jax.Array) -> jax.Array | None:
     """The rows' seeds at a step: a function of both, so that runs can go on."""
-    if seeds is None:
+    if not draws:
         return None
+    if seeds is None:
+        raise ValueError("a batch without seeds for a model that draws dropout: see row_seeds")
     drawn = jax.vmap(lambda seed: jax.random.bits(jax.random.fold_in(jax.random.key(seed), step), (), jnp.uint32))
     return drawn(seeds.reshape(-1)).reshape(seeds.shape)
 
@@ -151,7 +156,7 @@ def preference_program(
         )
 
     def step(frozen: Params, state: TrainState, batch: PreferenceExamples, probe: PairBatch | None = None) -> Any:
-        seeds = _at_step(batch.pairs.seeds, state.step)
+        seeds = _at_step(drops_out(model), batch.pairs.seeds, state.step)
         batch = batch._replace(pairs=batch.pairs._replace(seeds=seeds))
         return functions(frozen).step(state, batch, probe)
 

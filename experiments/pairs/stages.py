@@ -146,8 +146,7 @@ def supervise(
     seeds = row_seeds(program.draws, (len(train.tokens),), seed)
 
     def chosen(pairs: PairBatch, index: np.ndarray) -> TokenBatch:
-        drawn = None if seeds is None else seeds[index]
-        return place.joined(TokenBatch(pairs.tokens[:, 0], pairs.completion_mask[:, 0], drawn), size)
+        return place.joined(TokenBatch(pairs.tokens[:, 0], pairs.completion_mask[:, 0], seeds(index)), size)
 
     batches = training.MappedBatches(stream, chosen)
     identity = {"kind": "sft", **identity}
@@ -201,8 +200,7 @@ def prefer(
     seeds = row_seeds(program.program.draws, pairs.train.tokens.shape[:2], seed)
 
     def examples(batch: PairBatch, index: np.ndarray) -> PreferenceExamples:
-        drawn = None if seeds is None else seeds[index]
-        return place.joined(PreferenceExamples(batch._replace(seeds=drawn), by_index[index]), size)
+        return place.joined(PreferenceExamples(batch._replace(seeds=seeds(index)), by_index[index]), size)
 
     batches = training.MappedBatches(stream, examples)
 

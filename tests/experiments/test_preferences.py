@@ -338,7 +338,7 @@ def test_two_processes_make_what_one_makes(finished, tmp_path):
 def test_adapters_alone_are_trained_on_a_frozen_checkpoint(tmp_path, checkpoint):
     file = write(tmp_path / "pairs.jsonl", range(48))
     lora = "rank=2,alpha=4,targets=qkv+down,dropout=0.2"
-    config = settings(tmp_path / "run", file, checkpoint, lora=lora, sft_first=False)
+    config = settings(tmp_path / "run", file, checkpoint, lora=lora)
     preferences.run(config)
     run = tmp_path / "run" / "preferences" / "seed0"
     records = _metrics(run / "preference")
@@ -355,8 +355,8 @@ def test_adapters_alone_are_trained_on_a_frozen_checkpoint(tmp_path, checkpoint)
 
 
 def test_dropout_is_drawn_from_the_runs_seed_the_row_and_the_step():
-    seeds = [programs.row_seeds(True, (3, 2), seed) for seed in (0, 1)]
-    drawn = [programs._at_step(jnp.asarray(some), jnp.int32(step)) for some in seeds for step in (0, 1)]
+    seeds = [programs.row_seeds(True, (3, 2), seed)(np.arange(3)) for seed in (0, 1)]
+    drawn = [programs._at_step(True, jnp.asarray(some), jnp.int32(step)) for some in seeds for step in (0, 1)]
     assert len(np.unique(drawn)) == 4 * 3 * 2
 
     config = dataclasses.replace(
@@ -378,9 +378,11 @@ def test_dropout_is_drawn_from_the_runs_seed_the_row_and_the_step():
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)])
 
-    one, again, other = (adapted(jnp.asarray(programs.row_seeds(True, (3,), seed))) for seed in (0, 0, 1))
+    one, again, other = (adapted(jnp.asarray(programs.row_seeds(True, (3,), seed)(np.arange(3)))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 0
+    with pytest.raises(ValueError, match="a batch without seeds for a model that draws dropout"):
+        adapted(None)
 
 
 def _metrics(folder):
