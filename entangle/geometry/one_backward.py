@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from entangle.geometry import meshes
+from entangle.geometry.pair_products import PairProducts
 from entangle.geometry.pairs import count_pairs
 from entangle.geometry.plan import Place
 from entangle.geometry.program import Program, Runner, SpmdAxisName
-from entangle.geometry.taps import PairProducts
 from entangle.geometry.uses import COPY_LIMIT
 from entangle.paths import named_leaves
 from entangle.types import LogProbFn, PairGeometry, PairGradients, Params

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,25 @@ def accumulator_dtype(tree: Params) -> jnp.dtype:
     # named, not promoted: under JAX's strict promotion bfloat16 has no path to float32
     wide = any(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(tree))
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def contract(spec: str, *operands: jax.Array, precision: Any = None) -> jax.Array:
+    """``jnp.einsum``, of the accumulator's dtype.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from entangle.geometry.products import contract
+      >>> rows = jnp.ones((2, 3), jnp.bfloat16)
+      >>> contract("ni,mi->nm", rows, rows)
+      Array([[3., 3.],
+             [3., 3.]], dtype=float32)
+    """
+    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=accumulator_dtype(operands))
+
+
+def widened(array: jax.Array) -> jax.Array:
+    """An array in the dtype in which its products are summed."""
+    return array.astype(accumulator_dtype(array))
 
 
 def inner_product(left: Params, right: Params, *, leading_axes: int = 0) -> jax.Array:

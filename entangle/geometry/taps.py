@@ -26,8 +26,8 @@ from jax.custom_batching import custom_vmap
 
 from entangle.errors import UnsupportedModelError
 from entangle.geometry.dense_axes import DenseForm
-from entangle.geometry.meshes import summed_where_it_lies
-from entangle.geometry.products import accumulator_dtype
+from entangle.geometry.pair_products import PairProducts
+from entangle.geometry.products import accumulator_dtype, contract, widened
 
 Tree = Any
 
@@ -56,66 +56,6 @@ class Products(Protocol):
     def rows(self, gradients: jax.Array) -> jax.Array:
         """Products of gradients at hand, ``[B, 2, ...]``."""
         ...
-
-
-def _einsum(spec: str, *operands: jax.Array, precision: Any = None) -> jax.Array:
-    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=accumulator_dtype(operands))
-
-
-def _wide(array: jax.Array) -> jax.Array:
-    return array.astype(accumulator_dtype(array))
-
-
-@functools.cache
-def _gram_products(precision: Any) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    return summed_where_it_lies(lambda inputs, cotangents: _gram_of_both(inputs, cotangents, precision))
-
-
-def _gram_of_both(inputs: jax.Array, cotangents: jax.Array, precision: Any) -> jax.Array:
-    def matrix(array: jax.Array) -> jax.Array:
-        # Of both sides at once, ``[B, E, 2T, 2T]``: one greater product of what lies side by side takes less time than
-        # three products of slices, of which XLA makes transposed copies.
-        both = jnp.moveaxis(array, 1, 2)
-        both = both.reshape(*both.shape[:2], -1, both.shape[-1])
-        return _einsum("beik,bejk->beij", both, both, precision=precision)
-
-    products = matrix(inputs) * matrix(cotangents)
-    b, e, t = inputs.shape[0], inputs.shape[2], inputs.shape[3]
-    sums = jnp.sum(products.reshape(b, e, 2, t, 2, t), (1, 3, 5))
-    return jnp.stack([sums[:, 0, 0], sums[:, 1, 1], sums[:, 0, 1]], -1)
-
-
-class PairProducts:
-    """The three products of every pair, ``[B, 3]``: chosen, rejected, chosen with rejected."""
-
-    def dense(self, inputs: jax.Array, cotangents: jax.Array, precision: Any) -> jax.Array:
-        """Gram form: two ``T x T`` matrices a product, no gradient is formed."""
-        return _gram_products(precision)(inputs, cotangents)
-
-    def lookup(self, ids: jax.Array, valid: jax.Array, cotangents: jax.Array, link: jax.Array | None) -> jax.Array:
-        """Products of cotangents at equal ids, and twice those with the tied head where there is one."""
-
-        def same(left: int, right: int) -> jax.Array:
-            equal = (
-                (ids[:, left, :, None] == ids[:, right, None, :]) & valid[:, left, :, None] & valid[:, right, None, :]
-            )
-            return jnp.sum(
-                jnp.where(equal, _einsum("btd,bsd->bts", cotangents[:, left], cotangents[:, right]), 0), (1, 2)
-            )
-
-        products = jnp.stack([same(0, 0), same(1, 1), same(0, 1)], -1)
-        if link is None:
-            return products
-        cross = jnp.einsum("bitd,bijtd->bij", _wide(cotangents), link)
-        both = cross + jnp.swapaxes(cross, 1, 2)
-        return products + jnp.stack([both[:, 0, 0], both[:, 1, 1], both[:, 0, 1]], -1)
-
-    def rows(self, gradients: jax.Array) -> jax.Array:
-        """Sums of products of the two gradients' entries."""
-        chosen, rejected = (_wide(gradients[:, side]) for side in (0, 1))
-        pairs = ((chosen, chosen), (rejected, rejected), (chosen, rejected))
-        # no reshape: an axis that is sharded stays one, and only the sums are sent around
-        return jnp.stack([jnp.sum(left * right, tuple(range(1, left.ndim))) for left, right in pairs], -1)
 
 
 def row_operation(
@@ -251,8 +191,8 @@ def _weight_gradient(inputs: jax.Array, outputs: jax.Array, weights: jax.Array, 
     if inputs.shape[2] == 1:
         # One contracted axis, the first: XLA multiplies as it lies, where several are transposed in memory before.
         inputs, outputs = (array.reshape(-1, array.shape[-1]) for array in (inputs, outputs))
-        return _einsum("ni,no->io", inputs, outputs, precision=precision)[None]
-    return _einsum("breti,breto->eio", inputs, outputs, precision=precision)
+        return contract("ni,no->io", inputs, outputs, precision=precision)[None]
+    return contract("breti,breto->eio", inputs, outputs, precision=precision)
 
 
 def _gradients_by_rows(
@@ -268,9 +208,9 @@ def _gradients_by_rows(
 
     def group(sums: tuple[jax.Array, ...], rows: Tree) -> Tree:
         x, g, w = rows
-        gradients = _einsum("nreti,nreto->nreio", x, g, precision=precision)
+        gradients = contract("nreti,nreto->nreio", x, g, precision=precision)
         w = w.astype(gradients.dtype)
-        sums_of = [_einsum("nr,nreio->neio", *rows) for rows in _per_copy(copies, w, gradients)]
+        sums_of = [contract("nr,nreio->neio", *rows) for rows in _per_copy(copies, w, gradients)]
         return tuple(s + p for s, p in zip(sums, sums_of, strict=True)), PairProducts().rows(gradients)
 
     shape = (together, inputs.shape[2], inputs.shape[4], outputs.shape[4])
@@ -289,7 +229,7 @@ def _head_rows(inputs: jax.Array, outputs: jax.Array, link: Link, precision: Any
 
     def one(ids: jax.Array, valid: jax.Array, outputs: jax.Array, inputs: jax.Array) -> jax.Array:
         taken = jnp.take(outputs, ids, axis=1, mode="clip")  # [S, T]
-        return _einsum("st,sd->td", jnp.where(valid[None], taken, 0), inputs, precision=precision)
+        return contract("st,sd->td", jnp.where(valid[None], taken, 0), inputs, precision=precision)
 
     sides = jax.vmap(one, in_axes=(None, None, 0, 0))
     return jax.vmap(jax.vmap(sides, in_axes=(0, 0, None, None)))(ids, link.valid, outputs, inputs)
@@ -381,7 +321,7 @@ def copy(products: Products, weight: Weight, probe: jax.Array, scale: jax.Array)
         g, weights = cotangents
 
         def total(g: jax.Array, weights: jax.Array) -> jax.Array:
-            return _einsum("br...,br->...", _wide(g), _wide(weights)).astype(copies[0].dtype)
+            return contract("br...,br->...", widened(g), widened(weights)).astype(copies[0].dtype)
 
         return weights, (tuple(total(*rows) for rows in _per_copy(len(copies), g, weights)), products.rows(g))
 

@@ -12,7 +12,7 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import PartitionSpec as P
 
 from entangle.geometry import meshes
-from entangle.geometry.products import accumulator_dtype
+from entangle.geometry.products import accumulator_dtype, contract
 from entangle.geometry.program import Program, Runner
 from entangle.geometry.uses import COPY_LIMIT
 from entangle.types import Params
@@ -135,7 +135,7 @@ class TokenProducts:
 
 
 def _dense_gram(cotangents: jax.Array, inputs: jax.Array, precision: Any) -> jax.Array:
-    times = functools.partial(_einsum, precision=precision)
+    times = functools.partial(contract, precision=precision)
     kernels = times("ietk,jesk->eijts", inputs[0], inputs[0])
 
     def products(part: jax.Array) -> jax.Array:
@@ -163,10 +163,10 @@ def _lookup_gram(every: tuple[jax.Array, jax.Array | None], shared: tuple[jax.Ar
     def block(i: int, j: int) -> jax.Array:
         equal = (ids[0, i, :, None] == ids[0, j, None, :]) & valid[0, i, :, None] & valid[0, j, None, :]
         left, right = cotangents[:, 0, i], cotangents[:, 0, j]
-        products = _einsum("ntd,mtd->nm", left, _einsum("ts,msd->mtd", equal.astype(right.dtype), right))
+        products = contract("ntd,mtd->nm", left, contract("ts,msd->mtd", equal.astype(right.dtype), right))
         if link is not None:
-            products = products + _einsum("ntd,mtd->nm", left, link[:, 0, i, j])
-            products = products + _einsum("mtd,ntd->nm", right, link[:, 0, j, i])
+            products = products + contract("ntd,mtd->nm", left, link[:, 0, i, j])
+            products = products + contract("mtd,ntd->nm", right, link[:, 0, j, i])
         return products
 
     return _blocks(block)
@@ -174,14 +174,10 @@ def _lookup_gram(every: tuple[jax.Array, jax.Array | None], shared: tuple[jax.Ar
 
 def _rows_gram(gradients: jax.Array, shared: None) -> jax.Array:
     flat = gradients.reshape(gradients.shape[0], 2, -1)
-    return _einsum("nip,mjp->nimj", flat, flat)
+    return contract("nip,mjp->nimj", flat, flat)
 
 
 def _blocks(block: Callable[[int, int], jax.Array]) -> jax.Array:
     """``[N, 2, N, 2]`` from the blocks ``[N, N]`` of two sides; that of (1, 0) is the transpose of (0, 1)."""
     chosen, cross, rejected = block(0, 0), block(0, 1), block(1, 1)
     return jnp.stack([jnp.stack([chosen, cross], -1), jnp.stack([cross.T, rejected], -1)], 1)
-
-
-def _einsum(spec: str, *operands: jax.Array, precision: Any = None) -> jax.Array:
-    return jnp.einsum(spec, *operands, precision=precision, preferred_element_type=accumulator_dtype(operands))
