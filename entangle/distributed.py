@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ HEARTBEAT_SECONDS = 100
 LEAVING_SECONDS = 10
 _SHUTDOWN_SECONDS = 60
 _BLOCK = 1024
+_alone = False  # once looked for and not found, other processes are not looked for again, which JAX forbids when in use
 
 
 def initialize(
@@ -40,7 +42,7 @@ def initialize(
 
     What is not given is taken from ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``, then from the
     cluster that JAX finds itself in (Cloud TPU pods, GKE, Slurm, Open MPI). Where nothing is found, or one process is asked
-    for, nothing is done.
+    for, nothing is done, and calls that follow do not look again.
 
     Args:
       coordinator: ``host:port`` where process 0 listens.
@@ -49,7 +51,7 @@ def initialize(
       heartbeat_seconds: after so long without a sign of life a process is taken for dead, and JAX ends the others.
 
     Raises:
-      UserError: a number is none or out of range, or something is missing.
+      UserError: a number is none or out of range, the coordinator is no ``host:port``, or something is missing.
       RuntimeError: JAX has already been used.
 
     Example:
@@ -62,10 +64,14 @@ def initialize(
     coordinator = coordinator or os.environ.get(ADDRESS) or None
     processes = _number(os.environ, COUNT) if processes is None else processes
     process_id = _number(os.environ, INDEX) if process_id is None else process_id
-    if processes == 1 or jax.distributed.is_initialized():
+    global _alone
+    given = any(part is not None for part in (coordinator, processes, process_id))
+    if processes == 1 or jax.distributed.is_initialized() or (_alone and not given):
         return
     if processes is not None and (processes < 1 or not 0 <= (process_id or 0) < processes):
         raise UserError(f"process {process_id} of {processes}: processes are counted from 0")
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise UserError(f"{ADDRESS}={coordinator}: write host:port, such as 10.0.0.1:1234")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     found = (coordinator, processes, process_id)
     try:
@@ -77,9 +83,10 @@ def initialize(
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except ValueError as error:
-        if any(part is not None for part in found):
-            given = ", ".join(f"{name}={part}" for name, part in zip((ADDRESS, COUNT, INDEX), found, strict=True))
-            raise UserError(f"several processes need all of {given}, or a cluster that JAX knows") from error
+        if given:
+            said = ", ".join(f"{name}={part}" for name, part in zip((ADDRESS, COUNT, INDEX), found, strict=True))
+            raise UserError(f"several processes need all of {said}, or a cluster that JAX knows") from error
+        _alone = True
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

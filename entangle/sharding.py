@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -78,7 +78,8 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[Any] | None = No
       The mesh, axes ``AXES``.
 
     Raises:
-      UserError: there is no such axis, a size is no positive number, or the sizes' product is not the number of devices.
+      UserError: there is no such axis, a size is no positive whole number, or the sizes' product is not the number of
+        devices.
 
     Example:
       >>> import jax
@@ -89,6 +90,8 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[Any] | None = No
     named = _parse(sizes) if isinstance(sizes, str) else dict(sizes)
     if unknown := sorted(named.keys() - set(AXES)):
         raise UserError(f"mesh: no axis is called {', '.join(unknown)}: choose from {', '.join(AXES)}")
+    if bad := [f"{axis}={size!r}" for axis, size in named.items() if not isinstance(size, int) or size < 1]:
+        raise UserError(f"mesh: {', '.join(bad)}: sizes are whole numbers, each at least 1")
     devices = jax.devices() if devices is None else devices
     shape = tuple(named.get(axis, 1) for axis in AXES)
     if math.prod(shape) != len(devices):
@@ -99,7 +102,7 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[Any] | None = No
 
 def _parse(text: str) -> dict[str, int]:
     found: dict[str, int] = {}
-    for part in filter(None, text.split(",")):
+    for part in text.split(",") if text else ():
         match = re.fullmatch(r"\s*(\w+)=([1-9]\d*)\s*", part)
         if match is None or match[1] in found:
             raise UserError(f"mesh {text!r}: write sizes of different axes as data=2,fsdp=4, each at least 1")
@@ -157,9 +160,10 @@ def shardings(tree: Any, mesh: Mesh, what: str = "model") -> Any:
     """How parameters, and what is kept for them, lie on a mesh.
 
     Args:
-      tree: pytree of arrays or shapes: parameters of a decoder, or a TrainState of them. What the table does not know,
-        such as step counts, lies whole on every device.
-      mesh: axes among ``AXES``.
+      tree: pytree of arrays or shapes: parameters of a decoder, or TrainStates of them (anything with ``params``). What is
+        kept for a parameter under its path and has its shape, such as a moment, lies as it does. What the table does not
+        know, such as step counts, and what has another shape, such as factored moments, lies whole on every device.
+      mesh: of :func:`make_mesh`.
       what: named in messages.
 
     Returns:
@@ -176,8 +180,7 @@ def shardings(tree: Any, mesh: Mesh, what: str = "model") -> Any:
       P('tensor', 'fsdp')
     """
     placed = []
-    for path, leaf in named_leaves(tree):
-        axes = logical_axes(path, len(leaf.shape)) or (None,) * len(leaf.shape)
+    for path, leaf, axes in _with_axes(tree):
         here = spec(axes)
         for size, axis, names in zip(leaf.shape, axes, here, strict=True):
             if size % (parts := _parts(mesh, names)):
@@ -186,6 +189,23 @@ def shardings(tree: Any, mesh: Mesh, what: str = "model") -> Any:
                 )
         placed.append(NamedSharding(mesh, here))
     return jax.tree.unflatten(jax.tree.structure(tree), placed)
+
+
+def _with_axes(tree: Any) -> Iterator[tuple[str, Any, tuple[str | None, ...]]]:
+    """Paths, leaves and their logical axes."""
+    for path, node in named_leaves(tree, lambda node: hasattr(node, "params")):
+        shapes = {name: leaf.shape for name, leaf in named_leaves(getattr(node, "params", {}))}
+        for inner, leaf in named_leaves(node):
+            name = "/".join(filter(None, (path, inner)))
+            known = not shapes or shapes.get(_parameter_of(inner, shapes)) == leaf.shape
+            yield name, leaf, (logical_axes(name, leaf.ndim) if known else None) or (None,) * leaf.ndim
+
+
+def _parameter_of(path: str, parameters: Container[str]) -> str:
+    """The longest end of a path that is a parameter's, or nothing."""
+    while path and path not in parameters:
+        path = path.partition("/")[2]
+    return path
 
 
 def born_sharded(make: Callable[..., T], mesh: Mesh, *arguments: Any, what: str = "model") -> T:
@@ -247,6 +267,8 @@ def check_pairs(mesh: Mesh, pairs: int, flag: str) -> None:
 
 def _parts(mesh: Mesh, names: str | Sequence[str] | None) -> int:
     every = (names,) if isinstance(names, str) else names or ()
+    if mesh.axis_names != AXES:
+        raise UserError(f"mesh: its axes are {', '.join(mesh.axis_names)}, not {', '.join(AXES)}: see make_mesh")
     return math.prod(mesh.shape[name] for name in every)
 
 

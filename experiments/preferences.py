@@ -119,7 +119,7 @@ def gather(settings: PreferencesConfig, place: placement.Placement = placement.F
 
     Args:
       settings: the configuration.
-      place: where a frozen base is to lie.
+      place: where the parameters are to lie.
 
     Raises:
       UserError: bad input.
@@ -138,7 +138,7 @@ def gather(settings: PreferencesConfig, place: placement.Placement = placement.F
         raise UserError(f"--dtype {settings.dtype}: parameters that are trained are float32; give adapters with --lora")
     template = preference_files.chat_template(settings.chat_template, settings.model)
     checkpoint = (
-        pair_data.load_checkpoint(settings, settings.model)
+        pair_data.load_checkpoint(settings, settings.model, place)
         if lora is None
         else pair_data.with_adapters(settings, settings.model, lora, settings.dtype, place)
     )

@@ -10,6 +10,7 @@ def asked(monkeypatch):
     """What jax.distributed.initialize is called with; nothing is started."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *words, **named: calls.append((words, named)))
+    monkeypatch.setattr(distributed, "_alone", False)
     for name in (distributed.ADDRESS, distributed.COUNT, distributed.INDEX):
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -43,6 +44,10 @@ def test_one_process_starts_nothing(asked, monkeypatch):
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES=two is no number"),
         ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "process 2 of 2: processes are counted from 0"),
         ({"JAX_NUM_PROCESSES": "0"}, "process None of 0: processes are counted from 0"),
+        (
+            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "JAX_COORDINATOR_ADDRESS": "localhost"},
+            "JAX_COORDINATOR_ADDRESS=localhost: write host:port, such as 10.0.0.1:1234",
+        ),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(environment, message, asked, monkeypatch):
@@ -55,11 +60,17 @@ def test_numbers_that_cannot_be_are_refused(environment, message, asked, monkeyp
 
 
 def test_what_is_missing_is_named(monkeypatch):
+    asked = []
+
     def nothing_found(*words, **named):
+        asked.append(words)
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", nothing_found)
+    monkeypatch.setattr(distributed, "_alone", False)
     distributed.initialize()  # nothing is asked for, nothing is found: one process
+    distributed.initialize()  # JAX would refuse to look again once it is in use
+    assert asked == [(None, None, None)]
     with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS=None, JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=1"):
         distributed.initialize(processes=2, process_id=1)
 

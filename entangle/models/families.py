@@ -157,7 +157,10 @@ _LLAMA3_ROPE = {
 
 def _read_rope(attributes: Mapping[str, Any]) -> Rope:
     """Rotary positions, as version 5 of transformers writes them and as those before did."""
-    described = attributes.get("rope_parameters") or attributes.get("rope_scaling") or {}
+    both = [found for name in ("rope_parameters", "rope_scaling") if (found := attributes.get(name))]
+    if len(both) == 2 and both[0] != both[1]:
+        raise UserError("rope_parameters and rope_scaling are both given and differ")
+    described = both[0] if both else {}
     if not isinstance(described, dict):
         raise UserError(f"rope_parameters must be an object, got {described!r}")
     kind = described.get("rope_type", described.get("type", "default"))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from entangle.errors import UserError
-from entangle.models.config import DecoderConfig
+from entangle.models.config import DTYPES, DecoderConfig
 from entangle.models.families import FAMILIES, Family
 from entangle.models.huggingface_config import config_json, family_of, read_config
 from entangle.models.language_model import language_model
@@ -52,8 +52,9 @@ def load_pretrained(
       The decoder and the parameters.
 
     Raises:
-      UserError: the folder or a file is missing or broken; the configuration says something that is not computed here;
-        a tensor is missing, unknown, of another shape or of another type; a tied head differs from the embedding.
+      UserError: the dtype is neither float32 nor bfloat16; the folder or a file is missing or broken; the configuration
+        says something that is not computed here; a tensor is missing, unknown, of another shape or of another type; a tied
+        head differs from the embedding.
 
     Example:
       >>> import tempfile
@@ -65,6 +66,8 @@ def load_pretrained(
       True
     """
     folder = Path(folder)
+    if dtype not in DTYPES:
+        raise UserError(f"{folder}: parameters of dtype {dtype} are not read: choose from {', '.join(DTYPES)}")
     with _Opened(folder) as (family, config, weights):
         config = dataclasses.replace(config, scan_layers=scan_layers, remat=remat, compute_dtype=compute_dtype)
         expected = _expected(config)

@@ -50,6 +50,27 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "corda_config": (None,),
     "eva_config": (None,),
     "megatron_config": (None,),
+    # Others than these alter the base that they are added to.
+    "init_lora_weights": (True, False, "gaussian"),
+    "loftq_config": ({}, None),
+    "lora_ga_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "kasa_config": (None,),
+    "use_bdlora": (None, False),
+    "ensure_weight_tying": (False,),
+}
+# What is read, and what says nothing of what is computed.
+_READ = {"r", "lora_alpha", "lora_dropout", "target_modules"}
+_NOTES = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "fan_in_fan_out",
+    "inference_mode",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
 }
 
 
@@ -208,12 +229,13 @@ def _read_lora(path: Path, config: DecoderConfig) -> LoraConfig:
     try:
         attributes = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha = attributes["r"], float(attributes["lora_alpha"])
-        targets = attributes["target_modules"]
+        targets, dropout = attributes["target_modules"], float(attributes.get("lora_dropout", 0.0))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no configuration of PEFT's LoRA: {' '.join(str(error).split())}") from None
     for name, known in _PLAIN.items():
         if name in attributes and attributes[name] not in known:
             raise UserError(f"{path}: {name} = {attributes[name]!r} is not supported, only {known[0]!r}")
+    refuse(path, "attributes not understood", sorted(attributes.keys() - _PLAIN.keys() - _READ - _NOTES))
     if not isinstance(targets, list):
         raise UserError(f"{path}: target_modules = {targets!r} is not supported, only a list of names")
     family = FAMILIES[family_of(config)]
@@ -224,4 +246,4 @@ def _read_lora(path: Path, config: DecoderConfig) -> LoraConfig:
         if not found:
             raise UserError(f"{path}: target_modules: no matrix of this decoder is called {target!r}")
         ours += found
-    return LoraConfig(rank, alpha, tuple(sorted(set(ours))), float(attributes.get("lora_dropout", 0.0)))
+    return LoraConfig(rank, alpha, tuple(sorted(set(ours))), dropout)

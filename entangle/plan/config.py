@@ -73,11 +73,24 @@ class PlanConfig:
     out: Path | None = None
 
 
-_TAKEN = ("objective", "objective_args", "pair_chain", "pair_chain_args", "max_length", "head_chunk", "lora", "model")
+_TAKEN = (
+    "objective",
+    "objective_args",
+    "pair_chain",
+    "pair_chain_args",
+    "max_length",
+    "head_chunk",
+    "lora",
+    "model",
+    "mesh",
+)
 
 
 def from_experiment(name: str) -> PlanConfig:
-    """The plan of an experiment's step: its objective, chain, lengths, batch and optimizer.
+    """The plan of an experiment's step: its objective, chain, lengths, batch, optimizer, mesh and dtypes.
+
+    Layers are scanned and computed again, as they are in experiments on a mesh; without adapters an experiment trains and
+    computes in float32.
 
     Args:
       name: a module with ``config()`` or ``presets()``, or ``module:function``; the configuration has ``preference``, a
@@ -89,8 +102,8 @@ def from_experiment(name: str) -> PlanConfig:
     Example:
       >>> from entangle.plan.config import from_experiment
       >>> found = from_experiment("experiments.preferences")
-      >>> found.max_length, found.batch_size, found.changes
-      (256, 16, True)
+      >>> found.max_length, found.batch_size, found.changes, found.compute_dtype
+      (256, 16, True, 'float32')
     """
     module_name, _, function = name.partition(":")
     try:
@@ -104,6 +117,7 @@ def from_experiment(name: str) -> PlanConfig:
         raise UserError(f"--experiment {name}: its configuration has no stage called preference")
     fields: dict[str, Any] = {field: getattr(made, field) for field in _TAKEN if getattr(made, field, None)}
     fields["changes"] = bool(getattr(made, "changes", False))
+    fields["frozen_dtype"] = fields["compute_dtype"] = getattr(made, "dtype", "float32")
     return dataclasses.replace(
         PlanConfig(), experiment=name, batch_size=stage.batch_size, optimizer=stage.optimizer, **fields
     )

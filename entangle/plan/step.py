@@ -59,6 +59,8 @@ def decoder(settings: PlanConfig) -> DecoderConfig:
       64
     """
     if Path(settings.model, "config.json").is_file():
+        if settings.vocab_size:
+            raise UserError(f"--vocab-size {settings.vocab_size}: {settings.model} has its own")
         config = read_config(Path(settings.model, "config.json"))[1]
     else:
         if settings.model in models.PRESETS.keys() - models.VOCABULARIES.keys() and not settings.vocab_size:

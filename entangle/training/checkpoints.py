@@ -69,11 +69,16 @@ class Checkpoints:
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
         """Save the state (pytree of arrays) and the data position (JSON-able) under a step; done when it returns.
 
+        The latest step is not saved again: its checkpoint stays as it is.
+
         Raises:
           UserError: the disk is full; the checkpoints before it are still there, and no part of it is.
+          ValueError: there is a checkpoint of a later step.
         """
         if step == self.latest:
             return
+        if self.latest is not None and step < self.latest:
+            raise ValueError(f"{self.folder}: step {step} cannot be saved after step {self.latest}")
         # asked before: one of several processes that failed in the middle of a save would leave the others waiting for it
         distributed.from_writer(lambda: self._refuse_full(step, state))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(dict(position)))
@@ -86,7 +91,7 @@ class Checkpoints:
             raise self._not_saved(step, os.strerror(code)) from error
 
     def _refuse_full(self, step: int, state: Any) -> None:
-        needed = _OWN_FILES + sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        needed = _OWN_FILES + sum(_bytes(leaf) for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise self._not_saved(step, f"it needs {needed:,} bytes, {free:,} are free")
@@ -172,6 +177,10 @@ def _everywhere() -> Sharding:
     if jax.device_count() == 1:
         return SingleDeviceSharding(jax.devices()[0])
     return NamedSharding(Mesh(np.asarray(jax.devices()), ("all",)), P())
+
+
+def _bytes(leaf: Any) -> int:
+    return leaf.nbytes if isinstance(leaf, jax.Array | np.ndarray) else np.asarray(leaf).nbytes
 
 
 def _said(leaf: Any) -> str:

@@ -193,8 +193,8 @@ def train(
       The final state.
 
     Raises:
-      UserError: another process is training in this folder, or the run is done and its last checkpoint is missing or of
-        another number of steps.
+      UserError: another process is training in this folder, the run has gone more steps than are wanted, or it is done and
+        its last checkpoint is missing or of another number of steps.
       NonFiniteError: a loss, an update or an evaluation is not finite; the step, the examples and the last good
         checkpoint are named.
       PreemptedError: SIGTERM came.
@@ -309,6 +309,7 @@ def _train(
             run = runs[place] = _Run(folder, checkpoints, tracker, batches[place])
             if checkpoints.latest is not None:
                 ends[place], position = checkpoints.restore(states[place])
+                _refuse_longer(folder, ends[place], stage)
                 run.batches.set_state(position)
             if layout is not _ALONE:  # of many only the stacked states are on the devices
                 ends[place] = jax.device_get(ends[place])
@@ -330,6 +331,11 @@ def _train(
             if run.error is None:
                 run.mark_done(stage.steps)
     return ends
+
+
+def _refuse_longer(folder: RunFolder, state: Any, stage: StageConfig) -> None:
+    if int(state.step) > stage.steps:
+        raise UserError(f"{folder.path}: the run has gone {int(state.step)} steps, more than the {stage.steps} wanted")
 
 
 def _end_of_done(folder: RunFolder, checkpoints: Checkpoints, like: TrainState, stage: StageConfig) -> TrainState:

@@ -98,6 +98,9 @@ def global_rows(batch: T, mesh: Mesh, size: int) -> T:
     Returns:
       A tree like it with leaves ``[B, ...]``.
 
+    Raises:
+      UserError: the pairs cannot be divided over the devices.
+
     Example:
       >>> import jax
       >>> from entangle import sharding
@@ -105,6 +108,7 @@ def global_rows(batch: T, mesh: Mesh, size: int) -> T:
       >>> global_rows(np.ones((4, 2)), sharding.make_mesh("data=1", jax.devices()[:1]), 4).sharding.spec
       P(('data', 'fsdp'),)
     """
+    sharding.check_pairs(mesh, size, "batch size")
     lie = sharding.pair_sharding(mesh)
 
     def joined(leaf: Any) -> jax.Array:

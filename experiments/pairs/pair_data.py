@@ -20,7 +20,7 @@ from entangle.training import StageConfig
 from entangle.types import Params
 from experiments.pairs import stages
 from experiments.pairs.pair_config import PairConfig, PairSettings
-from experiments.pairs.placement import Placement
+from experiments.pairs.placement import FIRST_DEVICE, Placement
 
 
 class Checkpoint(NamedTuple):
@@ -94,14 +94,30 @@ def check_length(settings: PairSettings, name: str, shape: models.DecoderConfig)
         )
 
 
-def load_checkpoint(settings: PairSettings, folder: str) -> Checkpoint:
+def load_checkpoint(settings: PairSettings, folder: str, place: Placement = FIRST_DEVICE) -> Checkpoint:
     """Read a Hugging Face checkpoint folder with its tokenizer.
 
+    On a mesh every device reads its own part, so that none ever holds the whole model, and layers are scanned and computed
+    again in the backward, as ``entangle.plan`` has them. Parameters are on the host then.
+
     Raises:
-      UserError: a file is missing or broken, another architecture, a tokenizer or rows that do not fit the model.
+      UserError: a file is missing or broken, another architecture, a tokenizer or rows that do not fit the model; the mesh
+        does not divide it.
     """
-    shape, params = models.load_pretrained(folder)
-    return Checkpoint(models.language_model(shape), params, _tokenizer(settings, folder, shape))
+    if place.mesh is None:
+        shape, params = models.load_pretrained(folder)
+    else:
+        shape, params = _scanned(folder, place, "float32", None)
+    return Checkpoint(models.language_model(shape), place.host(params), _tokenizer(settings, folder, shape))
+
+
+def _scanned(
+    folder: str, place: Placement, dtype: str, compute_dtype: str | None
+) -> tuple[models.DecoderConfig, Params]:
+    shardings = None if place.mesh is None else functools.partial(_shardings, place.mesh)
+    return models.load_pretrained(
+        folder, dtype=dtype, shardings=shardings, scan_layers=True, remat="full", compute_dtype=compute_dtype
+    )
 
 
 def _tokenizer(settings: PairSettings, folder: str, shape: models.DecoderConfig) -> data.Tokenizer:
@@ -127,17 +143,14 @@ def with_adapters(
     Raises:
       UserError: as :func:`load_checkpoint`; an adapter's target is no matrix of this model; the mesh does not divide it.
     """
-    shardings = None if place.mesh is None else functools.partial(_base_shardings, place.mesh)
-    shape, base = models.load_pretrained(
-        folder, dtype=dtype, shardings=shardings, scan_layers=True, remat="full", compute_dtype=dtype
-    )
+    shape, base = _scanned(folder, place, dtype, dtype)
     tokenizer = _tokenizer(settings, folder, shape)
     model = models.language_model(dataclasses.replace(shape, lora=lora))
     adapters = jax.jit(lambda key: models.split_params(model.init(key))[0])(jax.random.key(0))
     return Checkpoint(model, jax.device_get(adapters), tokenizer, base)
 
 
-def _base_shardings(mesh: Mesh, config: models.DecoderConfig, shapes: Params) -> Params:
+def _shardings(mesh: Mesh, config: models.DecoderConfig, shapes: Params) -> Params:
     return sharding.shardings(shapes, mesh)
 
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from entangle import data, losses, models, training, transforms
+from entangle import data, losses, models, sharding, training, transforms
 from entangle.errors import UserError
 from entangle.types import PairBatch
 from experiments import preferences
-from experiments.pairs import pair_runs, programs, references
+from experiments.pairs import pair_data, pair_runs, placement, programs, references
 from experiments.preferences import presets
 from tests.training.processes import finish, start
 
@@ -333,6 +333,23 @@ def test_two_processes_make_what_one_makes(finished, tmp_path):
     files = [sorted(str(p.relative_to(out)) for p in out.rglob("*.*")) for out in (asked.out, tmp_path / "out")]
     kept = [[name for name in names if "checkpoints" not in name] for names in files]
     assert kept[0] == kept[1]
+
+
+def test_on_a_mesh_no_device_has_the_whole_model_before_training(checkpoint, monkeypatch):
+    asked = []
+    read = models.load_pretrained
+
+    def watched(*words, **named):
+        shape, params = read(*words, **named)
+        asked.append({len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)})
+        return shape, params
+
+    monkeypatch.setattr(models, "load_pretrained", watched)
+    where = placement.Placement(sharding.make_mesh("fsdp=2", jax.devices()[:2]))
+    loaded = pair_data.load_checkpoint(preferences.PreferencesConfig(max_length=8), str(checkpoint), where)
+    assert asked == [{2}]
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(loaded.params))
+    assert loaded.model.config.scan_layers and loaded.model.config.remat == "full"
 
 
 def test_adapters_alone_are_trained_on_a_frozen_checkpoint(tmp_path, checkpoint):

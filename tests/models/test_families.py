@@ -87,6 +87,10 @@ def test_every_part_is_read_straight_to_its_device(tmp_path):
             "must be a whole",
         ),
         ({"rope_parameters": 3}, "rope_parameters must be an object, got 3"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            "rope_parameters and rope_scaling are both given and differ",
+        ),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(tmp_path, change, message):

@@ -8,7 +8,7 @@ import pytest
 
 from entangle import geometry, losses, training
 from entangle.errors import UserError
-from entangle.models import LoraConfig, join_params, language_model, on_frozen, preset, split_params
+from entangle.models import LoraConfig, checksum, join_params, language_model, on_frozen, preset, split_params
 from tests.toy import draw_pairs
 
 SIZES = {"width": 8, "layers": 2, "heads": 4, "key_value_heads": 2, "hidden": 6, "max_positions": 16}
@@ -92,3 +92,28 @@ def test_a_step_moves_adapters_and_leaves_the_base():
     )
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), after.params, trained)
     assert min(jax.tree.leaves(moved)) > 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: -x,
+        lambda x: 2 * x,
+        lambda x: x.at[0].set(-x[0]),
+        lambda x: x[::-1],
+        lambda x: x.T,
+        lambda x: x.at[3, 4].multiply(1.01),
+        lambda x: x.at[0].set(x[1]).at[1].set(x[0]),
+    ],
+    ids=["negated", "doubled", "one row negated", "turned round", "transposed", "one entry", "two rows swapped"],
+)
+def test_every_change_has_another_checksum(change, dtype):
+    x = jax.random.normal(jax.random.key(0), (8, 8)).astype(dtype)
+    assert checksum({"x": x}) == checksum({"x": jnp.array(x)}) != checksum({"x": change(x).astype(dtype)})
+
+
+@pytest.mark.usefixtures("x64")
+def test_all_bits_of_wide_numbers_are_seen():
+    x = jax.random.normal(jax.random.key(0), (8, 8), jnp.float64)
+    assert len({checksum({"x": y}) for y in (x, x * (1 + 2**-50), -x, 2 * x)}) == 4

@@ -89,6 +89,8 @@ def test_real_gpt2_configuration_is_understood(tmp_path, tensors):
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_checkpoints_are_read_to_float32_exactly(tmp_path, tensors, dtype):
     half = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+    with pytest.raises(UserError, match="parameters of dtype int8 are not read: choose from float32, bfloat16"):
+        load_pretrained(write(tmp_path / "b", half), dtype="int8")
     _, params = load_pretrained(write(tmp_path / "a", half))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
     np.testing.assert_array_equal(params["token_embedding"], half["wte.weight"].astype(np.float32))

@@ -79,6 +79,10 @@ def test_merged_they_compute_the_same(name):
         ({"target_modules": ["o_proj", "q_proj"]}, "tensors missing: model.layers.0.self_attn.o_proj.lora_A.weight"),
         ({"r": 2}, "has shape (3, 8), expected (2, 8)"),
         ({"lora_alpha": None}, "is no configuration of PEFT's LoRA"),
+        ({"lora_dropout": None}, "is no configuration of PEFT's LoRA"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported, only True"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config = {'loftq_bits': 4} is not supported"),
+        ({"nonsense": 1}, "adapter_config.json: attributes not understood: nonsense"),
     ],
 )
 def test_what_is_not_computed_is_refused(tmp_path, change, message):

@@ -10,7 +10,7 @@ import sys
 import jax
 import pytest
 
-from entangle import sharding
+from entangle import models, sharding
 from entangle.errors import MissingExtraError, UserError
 from entangle.plan import command, report, search
 from entangle.plan.chips import chips_of
@@ -18,7 +18,7 @@ from entangle.plan.compiled import Measured, _said_to_need
 from entangle.plan.config import PlanConfig, from_experiment
 from entangle.plan.hlo import Collective, Program
 from entangle.plan.step import decoder, training_step
-from experiments import scale
+from experiments import preferences, scale
 
 GIB = 2**30
 TEXT = """
@@ -166,6 +166,21 @@ def test_an_experiments_configuration_gives_the_defaults():
     found, trial = from_experiment("experiments.scale"), scale.config()
     assert (found.batch_size, found.optimizer) == (trial.preference.batch_size, trial.preference.optimizer)
     assert (found.model, found.max_length, found.objective) == ("tiny", trial.max_length, "dpo")
+    assert (found.frozen_dtype, found.compute_dtype) == ("float32", "float32")
+
+
+def test_an_experiments_mesh_and_dtype_are_planned(monkeypatch):
+    settings = dataclasses.replace(preferences.PreferencesConfig(), mesh="fsdp=4", dtype="bfloat16", lora="attention")
+    monkeypatch.setattr(preferences, "config", lambda: settings, raising=False)
+    found = from_experiment("experiments.preferences:config")
+    assert (found.mesh, found.frozen_dtype, found.compute_dtype) == ("fsdp=4", "bfloat16", "bfloat16")
+
+
+def test_a_checkpoint_has_its_own_vocabulary(tmp_path):
+    config = models.preset("tiny", 32)
+    models.save_pretrained(tmp_path / "a", config, models.language_model(config).init(jax.random.key(0)))
+    with pytest.raises(UserError, match=r"--vocab-size 999: .* has its own"):
+        decoder(PlanConfig(model=str(tmp_path / "a"), vocab_size=999))
 
 
 @pytest.fixture

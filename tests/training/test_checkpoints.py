@@ -36,6 +36,17 @@ def test_keeps_the_latest(tmp_path):
     checkpoints.close()
 
 
+def test_an_earlier_step_is_not_saved_after_a_later_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, state(5.0), {})
+    checkpoints.save(5, state(1.0), {})  # there already
+    assert float(checkpoints.restore(state())[0]["w"][0, 1]) == 5.0
+    with pytest.raises(ValueError, match="step 3 cannot be saved after step 5"):
+        checkpoints.save(3, state(3.0), {})
+    checkpoints.save(6, {"count": 3, "w": np.ones(2)}, {})  # numbers of Python's
+    checkpoints.close()
+
+
 def test_a_half_written_checkpoint_is_not_the_latest(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state(), {})

@@ -73,6 +73,16 @@ def test_sigterm_saves_and_started_again_it_is_bitwise_equal(at, whole, tmp_path
     assert (folder / "done.json").exists()
 
 
+def test_fewer_steps_than_the_run_has_gone_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        resumable.main(tmp_path / "run", stop_at=13)
+    before = records(tmp_path / "run")
+    monkeypatch.setattr(resumable, "STEPS", 9)
+    with pytest.raises(UserError, match="the run has gone 10 steps, more than the 9 wanted"):
+        resumable.main(tmp_path / "run")
+    assert records(tmp_path / "run") == before and not (tmp_path / "run" / "done.json").exists()
+
+
 def lines(folder):
     file = folder / "metrics.jsonl"
     return file.read_text().count("\n") if file.exists() else 0

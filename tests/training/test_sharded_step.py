@@ -1,3 +1,4 @@
+import dataclasses
 import re
 import subprocess
 import sys
@@ -5,9 +6,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from entangle import models, sharding
+from entangle import models, sharding, training
 from entangle.errors import UserError
 from entangle.paths import named_leaves
 
@@ -50,12 +54,34 @@ def test_every_parameter_of_every_family_has_a_place(name):
         ("model=1", "mesh: no axis is called model: choose from data, fsdp, tensor"),
         ("data=0", "mesh 'data=0': write sizes of different axes as data=2,fsdp=4, each at least 1"),
         ("data=1,data=1", "write sizes of different axes"),
+        (",", "write sizes of different axes"),
+        ({"data": -1, "fsdp": -1}, "mesh: data=-1, fsdp=-1: sizes are whole numbers, each at least 1"),
         ("data", "write sizes of different axes"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_refused(text, message):
     with pytest.raises(UserError, match=re.escape(message)):
         sharding.make_mesh(text, jax.devices()[:1])
+
+
+def test_what_an_optimizer_keeps_in_other_shapes_lies_whole():
+    """Adafactor's row and column moments are no matrices; its full moments lie as the parameters do."""
+    mesh = sharding.make_mesh("fsdp=2,tensor=2", jax.devices()[:4])
+    model = models.language_model(dataclasses.replace(models.preset("tiny", 64), scan_layers=True))
+    tx = optax.adafactor(1e-3, min_dim_size_to_factor=16)
+    state = sharding.born_sharded(lambda key: training.init_state(model.init(key), tx), mesh, jax.random.key(0))
+    lie = {name: leaf.sharding.spec for name, leaf in named_leaves(state)}
+    kernel = "layers/attention/qkv/kernel"
+    (row,) = (spec for name, spec in lie.items() if name.endswith(f"v_row/{kernel}"))
+    assert lie[f"params/{kernel}"] == P(None, "fsdp", "tensor") and set(row) <= {None}
+    moments = sharding.shardings(jax.eval_shape(lambda p: training.init_state(p, optax.adam(1e-3)), state.params), mesh)
+    assert {s.spec for name, s in named_leaves(moments) if name.endswith(f"/{kernel}")} == {lie[f"params/{kernel}"]}
+
+
+def test_another_mesh_is_refused():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
+    with pytest.raises(UserError, match="mesh: its axes are data, fsdp, not data, fsdp, tensor: see make_mesh"):
+        sharding.shardings({"token_embedding": jnp.zeros((4, 2))}, mesh)
 
 
 def test_what_a_mesh_does_not_divide_is_refused():
