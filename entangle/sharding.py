@@ -94,9 +94,10 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[Any] | None = No
         raise UserError(f"mesh: {', '.join(bad)}: sizes are whole numbers, each at least 1")
     devices = jax.devices() if devices is None else devices
     shape = tuple(named.get(axis, 1) for axis in AXES)
-    if math.prod(shape) != len(devices):
+    if (count := math.prod(shape)) != len(devices):
         product = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
-        raise UserError(f"mesh: {product} needs {math.prod(shape)} devices, there are {len(devices)}")
+        every = ", and a mesh has all of them" if count < len(devices) else ""
+        raise UserError(f"mesh: {product} needs {count} devices, there are {len(devices)}{every}")
     return Mesh(np.asarray(devices, object).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

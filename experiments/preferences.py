@@ -31,11 +31,12 @@ class PreferencesConfig(PairConfig):
 
     Attributes:
       out: folder of the experiment; made, or continued when it holds the same configuration.
-      preset: default or smoke: the defaults that the other flags override.
+      preset: default, smoke or paper: the defaults that the other flags override.
       data: preference file, .jsonl or .jsonl.gz, one JSON object a line with prompt, chosen and rejected.
       held_out: a second file to evaluate on; without it every eighth prompt of --data is held out.
       model: local Hugging Face checkpoint folder with its tokenizer.
-      sft_first: whether SFT on the chosen completions comes before; else the checkpoint itself is start and reference.
+      sft_first: whether SFT on the chosen completions comes before, whose model is then start and reference; else the
+        checkpoint itself is.
       lora: none, or low-rank adapters that alone are trained, on the frozen checkpoint: paper, attention, all, or fields such
         as rank=16,alpha=32,targets=query+value,dropout=0.05. They are left beside the run in PEFT's format.
       dtype: of the frozen checkpoint under adapters, of activations and products: float32 or bfloat16.
@@ -155,7 +156,7 @@ def run(settings: PreferencesConfig) -> list[Path]:
     """Run or continue the whole experiment, and draw its figures.
 
     Returns:
-      The files that a reader wants: figures and report.
+      What a reader wants: figures, report, and the folders of adapters or of checkpoints.
 
     Raises:
       UserError: bad input; nothing has been overwritten.
@@ -168,8 +169,10 @@ def run(settings: PreferencesConfig) -> list[Path]:
     checkpoint, pairs, lines = distributed.writer_first(lambda: gather(settings, where))
     experiment = pair_runs.open_folder(settings, PAIR_SET, {PAIR_SET: pairs}, {PAIR_SET: lines})
     tracker = pair_runs.trackers(settings)
-    pair_runs.run_all(settings, checkpoint, {PAIR_SET: pairs}, tracker, sft_first=settings.sft_first, place=where)
-    return pair_runs.write_up(experiment)
+    left = pair_runs.run_all(
+        settings, checkpoint, {PAIR_SET: pairs}, tracker, sft_first=settings.sft_first, place=where
+    )
+    return [*pair_runs.write_up(experiment), *left]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

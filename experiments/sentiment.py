@@ -16,14 +16,14 @@ from pathlib import Path
 from entangle import command_line, models
 from entangle.types import Params
 from experiments.pairs import pair_runs, stages
-from experiments.pairs.base_models import EXPORT, base_model
+from experiments.pairs.base_models import base_model
 from experiments.pairs.pair_config import NOT_EVALUATED
 from experiments.pairs.pair_data import Checkpoint
 from experiments.pairs.sentiment_config import SentimentConfig, config, presets
 from experiments.pairs.sentiment_data import gather
 from experiments.reports import token_heatmap
 
-__all__ = ["EXPORT", "SentimentConfig", "config", "gather", "main", "presets", "run"]
+__all__ = ["SentimentConfig", "config", "gather", "main", "presets", "run"]
 
 
 def run(settings: SentimentConfig) -> list[Path]:

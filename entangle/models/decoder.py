@@ -195,6 +195,7 @@ def _refuse_unknown_targets(config: DecoderConfig, layers: Any) -> None:
         return
     first = layers if config.scan_layers else layers["0"]
     paths = [module.path for _, module in nnx.iter_modules(first) if hasattr(module, "path")]
+    known = set().union(*(config.lora.adapted_by(path) for path in paths))
     for target in config.lora.targets:
-        if not any(f"/{path}".endswith(f"/{target}") for path in paths):
+        if target not in known:
             raise UserError(f"LoRA: no matrix of this decoder is called {target!r}: there are {', '.join(paths)}")

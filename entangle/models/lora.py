@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from entangle.errors import UserError
@@ -18,6 +18,7 @@ class LoraConfig:
       rank: r, width of the adapters.
       alpha: their weight, times the rank.
       targets: the matrices that have one, by path within a layer or the end of it, e.g. ``attention/query`` or ``query``.
+        Where query, key and value are one matrix, as in GPT-2, the three names together are its own (``qkv``).
       dropout: share of an adapter's inputs that are dropped, in rows that are given a seed (``PairBatch.seeds``).
 
     Raises:
@@ -55,7 +56,20 @@ class LoraConfig:
 
     def adapts(self, path: str) -> bool:
         """Whether a matrix has an adapter, by its path within a layer."""
-        return any(f"/{path}".endswith(f"/{target}") for target in self.targets)
+        return bool(self.adapted_by(path))
+
+    def adapted_by(self, path: str) -> set[str]:
+        """The targets that a matrix has its adapter from."""
+        parts = [path.removesuffix(_FUSED) + part for part in _PARTS] if f"/{path}".endswith(f"/{_FUSED}") else []
+        by_part = [_ends(part, self.targets) for part in parts]
+        return _ends(path, self.targets) | (set().union(*by_part) if all(by_part) else set())
+
+
+def _ends(path: str, targets: Iterable[str]) -> set[str]:
+    return {target for target in targets if f"/{path}".endswith(f"/{target}")}
+
+
+_FUSED, _PARTS = "qkv", ("query", "key", "value")
 
 
 LORA_PRESETS: Mapping[str, LoraConfig] = {

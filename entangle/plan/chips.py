@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -101,6 +102,8 @@ def devices(kind: str, shape: str) -> tuple[Any, ...]:
     extras.require("plan", "libtpu")
     from jax.experimental import topologies
 
+    # nothing is run, so another process may use the compiler, or a TPU, at the same time
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         found = topologies.get_topology_desc(f"{kind}:{shape}", platform="tpu").devices
     except Exception as error:  # of the runtime: no class of its own

@@ -308,7 +308,10 @@ def check_folder(path: Path, config: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     if (path / CONFIG).exists():
-        if differences := _differences(read_json(path / CONFIG), json.loads(json.dumps(config))):
+        there = read_json(path / CONFIG)
+        if "model_type" in there and "model_type" not in config:
+            raise UserError(f"{path} holds a checkpoint, not a run; name another folder")
+        if differences := _differences(there, json.loads(json.dumps(config))):
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
             differ = f"{'; '.join(differences[:3])}{more}"
             raise UserError(f"{path} holds a run of another configuration: {differ}; name another folder")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from entangle import models
 from entangle.training import StageConfig
 from entangle.types import Params
-from experiments.pairs import programs, stages
+from experiments.pairs import exports, programs, stages
 from experiments.pairs.sentiment_data import Materials
-
-EXPORT = "huggingface"
 
 
 def base_model(
@@ -33,8 +30,6 @@ def base_model(
         return materials.checkpoint
     program = programs.likelihood_program(materials.model, stage)
     params = stages.pretrain(folder, materials.model, program, materials.text, length, 0, tracker)
-    if not (folder / EXPORT).exists():  # so that another experiment can start from it with --model
-        models.save_pretrained(folder / EXPORT, materials.model.config, params)
-    if not (folder / EXPORT / "tokenizer.json").exists():
-        materials.tokenizer.save(folder / EXPORT)
+    # so that another experiment can start from it with --model
+    exports.leave_checkpoint(folder / exports.CHECKPOINT, materials.model.config, params, materials.tokenizer)
     return params

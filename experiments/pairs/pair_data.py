@@ -20,7 +20,7 @@ from entangle.training import StageConfig
 from entangle.types import Params
 from experiments.pairs import stages
 from experiments.pairs.pair_config import PairConfig, PairSettings
-from experiments.pairs.placement import FIRST_DEVICE, Placement
+from experiments.pairs.placement import Placement
 
 
 class Checkpoint(NamedTuple):
@@ -31,12 +31,14 @@ class Checkpoint(NamedTuple):
       params: its trained parameters.
       tokenizer: the one that its tokens come from.
       frozen: its other parameters, where they lie in training; none but under adapters.
+      folder: the checkpoint folder that it was read from, if there is one.
     """
 
     model: models.LanguageModel
     params: Params
     tokenizer: data.Tokenizer
     frozen: Params = MappingProxyType({})
+    folder: str = ""
 
 
 def check(settings: PairSettings) -> None:
@@ -94,30 +96,32 @@ def check_length(settings: PairSettings, name: str, shape: models.DecoderConfig)
         )
 
 
-def load_checkpoint(settings: PairSettings, folder: str, place: Placement = FIRST_DEVICE) -> Checkpoint:
+def load_checkpoint(settings: PairSettings, folder: str, place: Placement | None = None) -> Checkpoint:
     """Read a Hugging Face checkpoint folder with its tokenizer.
 
-    On a mesh every device reads its own part, so that none ever holds the whole model, and layers are scanned and computed
-    again in the backward, as ``entangle.plan`` has them. Parameters are on the host then.
+    Args:
+      settings: the configuration.
+      folder: see ``models.load_pretrained``.
+      place: where it is trained; its layers are then scanned, for a run to go on anywhere else. On a mesh every device reads
+        its own part, so that none ever holds the whole model, the backward computes layers again, as ``entangle.plan`` has
+        it, and parameters are on the host. None leaves layers as they are, on the first device.
 
     Raises:
       UserError: a file is missing or broken, another architecture, a tokenizer or rows that do not fit the model; the mesh
         does not divide it.
     """
-    if place.mesh is None:
+    if place is None:
         shape, params = models.load_pretrained(folder)
     else:
-        shape, params = _scanned(folder, place, "float32", None)
-    return Checkpoint(models.language_model(shape), place.host(params), _tokenizer(settings, folder, shape))
+        shape, params = _scanned(folder, place, remat="none" if place.mesh is None else "full")
+        params = place.host(params)
+    tokenizer = _tokenizer(settings, folder, shape)
+    return Checkpoint(models.language_model(shape), params, tokenizer, folder=folder)
 
 
-def _scanned(
-    folder: str, place: Placement, dtype: str, compute_dtype: str | None
-) -> tuple[models.DecoderConfig, Params]:
+def _scanned(folder: str, place: Placement, **options: str) -> tuple[models.DecoderConfig, Params]:
     shardings = None if place.mesh is None else functools.partial(_shardings, place.mesh)
-    return models.load_pretrained(
-        folder, dtype=dtype, shardings=shardings, scan_layers=True, remat="full", compute_dtype=compute_dtype
-    )
+    return models.load_pretrained(folder, shardings=shardings, scan_layers=True, **options)
 
 
 def _tokenizer(settings: PairSettings, folder: str, shape: models.DecoderConfig) -> data.Tokenizer:
@@ -143,11 +147,11 @@ def with_adapters(
     Raises:
       UserError: as :func:`load_checkpoint`; an adapter's target is no matrix of this model; the mesh does not divide it.
     """
-    shape, base = _scanned(folder, place, dtype, dtype)
+    shape, base = _scanned(folder, place, dtype=dtype, remat="full", compute_dtype=dtype)
     tokenizer = _tokenizer(settings, folder, shape)
     model = models.language_model(dataclasses.replace(shape, lora=lora))
     adapters = jax.jit(lambda key: models.split_params(model.init(key))[0])(jax.random.key(0))
-    return Checkpoint(model, jax.device_get(adapters), tokenizer, base)
+    return Checkpoint(model, jax.device_get(adapters), tokenizer, base, folder)
 
 
 def _shardings(mesh: Mesh, config: models.DecoderConfig, shapes: Params) -> Params:

@@ -11,17 +11,13 @@ from entangle import distributed, losses, models, training
 from entangle.training import RunFolder
 from entangle.types import Params
 from experiments import figures
-from experiments.pairs import programs, references, stages
+from experiments.pairs import exports, programs, references, stages
 from experiments.pairs.pair_config import PairConfig, identity, objective_identity
 from experiments.pairs.pair_data import Checkpoint
 from experiments.pairs.placement import FIRST_DEVICE, Placement
 
 AfterRun = Callable[[Path, stages.PreferenceData, Params, Params], None]
 """Called once a set, for seed 0: the set's folder, its pairs, the parameters before and after preference optimisation."""
-
-
-ADAPTERS = "adapter"
-"""Folder beside a run's, in which its trained adapters are left as PEFT reads them."""
 
 
 def trackers(settings: PairConfig) -> stages.TrackerFactory:
@@ -93,7 +89,7 @@ def run_all(
     *,
     sft_first: bool = True,
     place: Placement = FIRST_DEVICE,
-) -> None:
+) -> list[Path]:
     """Run or continue SFT and preference optimisation for every set and seed.
 
     Args:
@@ -104,6 +100,10 @@ def run_all(
       after: what else is to be made from the models of seed 0.
       sft_first: SFT before; without it ``base`` itself is start and reference of preference optimisation.
       place: where everything lies.
+
+    Returns:
+      Folders of what was trained on a checkpoint: adapters, or a checkpoint again. Of several processes, process 0 alone
+      leaves any.
 
     Raises:
       UserError: a folder holds another run, or the reference cache another reference's log-probabilities.
@@ -123,6 +123,7 @@ def run_all(
     )
     lora = base.model.config.lora
     on = {"frozen": models.checksum(base.frozen), "lora": dataclasses.asdict(lora)} if lora else {}
+    left: list[Path] = []
     for pair_set, both in pairs.items():
         for seed in range(settings.seeds):
             folder = settings.out / pair_set / f"seed{seed}"
@@ -142,10 +143,11 @@ def run_all(
                     settings, base._replace(params=start), pair_set, both, seed if sft_first else None
                 ),
             )
-            if lora is not None and distributed.is_writer() and not (folder / ADAPTERS).exists():
-                models.save_adapters(folder / ADAPTERS, base.model.config, end, base=getattr(settings, "model", ""))
+            if distributed.is_writer() and (trained := exports.leave_trained(folder, base, end)) is not None:
+                left.append(trained)
             if seed == 0 and after is not None:
                 after(folder, both, start, end)
+    return left
 
 
 def write_up(experiment: RunFolder) -> list[Path]:

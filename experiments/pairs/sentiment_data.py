@@ -94,7 +94,7 @@ def gather_sets(settings: CorpusSettings, sets: Sequence[str]) -> Materials:
         windows = len(text) // settings.max_length
         pair_data.check_size("base", settings.base, windows, f"windows of {settings.max_length} tokens")
     else:
-        model, checkpoint, tokenizer, _ = pair_data.load_checkpoint(settings, settings.model)
+        model, checkpoint, tokenizer, *_ = pair_data.load_checkpoint(settings, settings.model)
     if "single_token" in sets:
         data.require_single_tokens(tokenizer, [f" {word}" for word in _words(settings)])
     pairs, report = {}, {}

@@ -6,11 +6,13 @@ import json
 import linecache
 import re
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from entangle import data, losses, models, sharding, training, transforms
 from entangle.errors import UserError
@@ -78,6 +80,7 @@ def test_files_are_there_and_named(finished):
         "figures/agreement.png",
         "report.md",
         "report.html",
+        "preferences/seed0/huggingface",
     ]
     with (asked.out / "figures" / "log_ratios.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -85,6 +88,23 @@ def test_files_are_there_and_named(finished):
     for row in rows:
         found = [r for r in records if r["step"] == int(row["step"]) and "eval/log_ratio/chosen" in r]
         assert float(row["log_ratio_nats"]) == found[0][f"eval/log_ratio/{row['side']}"]
+
+
+def test_what_was_trained_is_a_checkpoint_to_start_from(finished, tmp_path):
+    """The last evaluation's log-probabilities are those of the folder's weights; its tokenizer is the checkpoint's."""
+    asked, files = finished
+    folder = asked.out / "preferences" / "seed0" / "huggingface"
+    assert files[-1] == folder
+    assert (folder / "tokenizer.json").read_bytes() == Path(asked.model, "tokenizer.json").read_bytes()
+    again = dataclasses.replace(asked, model=str(folder), out=tmp_path / "next")
+    found = preferences.gather(again)
+    (tokens, mask, *_) = found.pairs.held_out
+    scored = found.checkpoint.model.log_probs(found.checkpoint.params, PairBatch(tokens, mask))
+    last = training.read_metrics(asked.out / "preferences" / "seed0" / "preference")[-1]
+    assert last["eval/log_prob/chosen"] == pytest.approx(float(scored[:, 0].mean()), abs=1e-4)
+    # killed while the tokenizer was copied, it is copied when the command is given again
+    (folder / "tokenizer.json").unlink()
+    assert preferences.run(asked)[-1] == folder and (folder / "tokenizer.json").is_file()
 
 
 def test_the_report_says_what_became_of_the_lines(finished):
@@ -129,10 +149,10 @@ def without_sft(finished, tmp_path_factory):
 def test_without_sft_the_checkpoint_itself_is_the_start(without_sft):
     asked, files = without_sft
     # and nothing is recorded of what the steps did, so nothing is drawn or said of it
-    assert [file.name for file in files] == ["log_ratios.png", "cosine.png", "report.md", "report.html"]
-    assert "What moved the rows" not in files[-2].read_text() and "nothing is checked" in files[-2].read_text()
-    assert sorted(p.name for p in (asked.out / "preferences" / "seed0").iterdir()) == ["preference"]
-    _, params = models.load_pretrained(asked.model)
+    assert [file.name for file in files] == ["log_ratios.png", "cosine.png", "report.md", "report.html", "huggingface"]
+    assert "What moved the rows" not in files[-3].read_text() and "nothing is checked" in files[-3].read_text()
+    assert sorted(p.name for p in (asked.out / "preferences" / "seed0").iterdir()) == ["huggingface", "preference"]
+    _, params = models.load_pretrained(asked.model, scan_layers=True)
     pairs = preferences.gather(asked).pairs
     model = preferences.gather(asked).checkpoint.model
     scored = model.log_probs(params, PairBatch(pairs.held_out.tokens, pairs.held_out.completion_mask))
@@ -339,15 +359,15 @@ def test_on_a_mesh_no_device_has_the_whole_model_before_training(checkpoint, mon
     asked = []
     read = models.load_pretrained
 
-    def watched(*words, **named):
-        shape, params = read(*words, **named)
-        asked.append({len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)})
+    def watched(folder, *, shardings, **options):
+        shape, params = read(folder, **options)
+        asked.append(shardings(shape, params)["layers"]["attention"]["qkv"]["kernel"].spec)
         return shape, params
 
     monkeypatch.setattr(models, "load_pretrained", watched)
-    where = placement.Placement(sharding.make_mesh("fsdp=2", jax.devices()[:2]))
+    where = placement.Placement(sharding.make_mesh("fsdp=2", jax.devices()[:1] * 2))
     loaded = pair_data.load_checkpoint(preferences.PreferencesConfig(max_length=8), str(checkpoint), where)
-    assert asked == [{2}]
+    assert asked == [P(None, "fsdp", "tensor")]
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(loaded.params))
     assert loaded.model.config.scan_layers and loaded.model.config.remat == "full"
 

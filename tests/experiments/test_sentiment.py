@@ -12,6 +12,7 @@ import pytest
 from entangle import data, models, training
 from entangle.errors import UserError
 from experiments import sentiment, single_token
+from experiments.pairs import exports
 from experiments.reports.run_tables import curve, read_runs
 from experiments.sentiment import presets
 
@@ -126,7 +127,7 @@ def test_again_runs_nothing_and_changes_nothing(finished):
 
 def test_the_base_model_is_a_checkpoint_to_start_from(finished, tmp_path):
     out, _ = finished
-    folder = str(out / "base" / sentiment.EXPORT)
+    folder = str(out / "base" / exports.CHECKPOINT)
     materials = sentiment.gather(shrunk(tmp_path / "next", model=folder))
     assert materials.checkpoint is not None
     config, params = models.load_pretrained(folder)
@@ -139,7 +140,7 @@ def test_the_base_model_is_a_checkpoint_to_start_from(finished, tmp_path):
 def test_another_base_model_is_not_served_old_runs(finished, tmp_path):
     """The same folder name, other weights: every run of the old one is refused by name."""
     out, _ = finished
-    config, params = models.load_pretrained(out / "base" / sentiment.EXPORT)
+    config, params = models.load_pretrained(out / "base" / exports.CHECKPOINT)
     folder = tmp_path / "base"
 
     def settings():
@@ -150,7 +151,7 @@ def test_another_base_model_is_not_served_old_runs(finished, tmp_path):
         if folder.exists():
             shutil.rmtree(folder)
         models.save_pretrained(folder, config, jax.tree.map(lambda leaf, s=scale: s * leaf, params))
-        shutil.copy(out / "base" / sentiment.EXPORT / "tokenizer.json", folder)
+        shutil.copy(out / "base" / exports.CHECKPOINT / "tokenizer.json", folder)
         if scale == 1.0:
             sentiment.run(settings())
         else:
@@ -163,7 +164,7 @@ def test_single_token_needs_a_base_model_and_its_own_folder(finished):
     message = "name the checkpoint folder of a base model"
     with pytest.raises(UserError, match=message):
         single_token.run(shrunk(out, sets=("single_token",)))
-    model = str(out / "base" / sentiment.EXPORT)
+    model = str(out / "base" / exports.CHECKPOINT)
     with pytest.raises(UserError, match="holds a run of another configuration: kind is"):
         single_token.run(shrunk(out, sets=("single_token",), model=model))
 
@@ -173,7 +174,7 @@ def test_single_token_tabulates_its_own_runs(finished, tmp_path, monkeypatch):
     out, _ = finished
     variants = [single_token.Variant(2, "sgd", 0.01), single_token.Variant(2, "adamw", 2e-5)]
     monkeypatch.setattr(single_token, "sweep", lambda: iter(variants))
-    settings = shrunk(tmp_path / "out", sets=("single_token",), model=str(out / "base" / sentiment.EXPORT))
+    settings = shrunk(tmp_path / "out", sets=("single_token",), model=str(out / "base" / exports.CHECKPOINT))
     single_token.run(settings)
     with (tmp_path / "out" / "single_token.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -8,7 +8,16 @@ import pytest
 
 from entangle import geometry, losses, training
 from entangle.errors import UserError
-from entangle.models import LoraConfig, checksum, join_params, language_model, on_frozen, preset, split_params
+from entangle.models import (
+    LORA_PRESETS,
+    LoraConfig,
+    checksum,
+    join_params,
+    language_model,
+    on_frozen,
+    preset,
+    split_params,
+)
 from tests.toy import draw_pairs
 
 SIZES = {"width": 8, "layers": 2, "heads": 4, "key_value_heads": 2, "hidden": 6, "max_positions": 16}
@@ -117,3 +126,12 @@ def test_every_change_has_another_checksum(change, dtype):
 def test_all_bits_of_wide_numbers_are_seen():
     x = jax.random.normal(jax.random.key(0), (8, 8), jnp.float64)
     assert len({checksum({"x": y}) for y in (x, x * (1 + 2**-50), -x, 2 * x)}) == 4
+
+
+def test_query_key_and_value_of_one_matrix_are_its_names_together():
+    gpt2 = dataclasses.replace(preset("tiny", 7), lora=LORA_PRESETS["paper"])
+    trained, _ = split_params(language_model(gpt2).init(jax.random.key(0)))
+    assert {matrix for layer in trained["layers"].values() for matrix in layer["attention"]} == {"qkv"}
+    part = dataclasses.replace(gpt2, lora=dataclasses.replace(gpt2.lora, targets=("query", "value")))
+    with pytest.raises(UserError, match="no matrix of this decoder is called 'query'"):
+        language_model(part).init(jax.random.key(0))
