@@ -147,7 +147,6 @@ def gather(settings: PreferencesConfig, place: placement.Placement = placement.F
     records = preference_files.read_records(settings.data, settings.held_out, template, chat=chat)
     trained = ("sft", "preference") if settings.sft_first else ("preference",)
     pairs, report = preference_files.encode_records(settings, checkpoint.tokenizer, records, trained)
-    references.check(settings, checkpoint, {PAIR_SET: pairs}, sft_first=settings.sft_first)
     model = pair_data.with_head(settings, checkpoint.model, [pairs])
     return Materials(checkpoint._replace(model=model), pairs, report)
 
@@ -167,6 +166,9 @@ def run(settings: PreferencesConfig) -> list[Path]:
         for stage in ("sft", "preference") if settings.sft_first else ("preference",):
             sharding.check_pairs(where.mesh, getattr(settings, stage).batch_size, f"--{stage}.batch-size")
     checkpoint, pairs, lines = distributed.writer_first(lambda: gather(settings, where))
+    # from here on all processes compute together
+    checkpoint = checkpoint._replace(params=where.host(checkpoint.params))
+    references.check(settings, checkpoint, {PAIR_SET: pairs}, sft_first=settings.sft_first)
     experiment = pair_runs.open_folder(settings, PAIR_SET, {PAIR_SET: pairs}, {PAIR_SET: lines})
     tracker = pair_runs.trackers(settings)
     left = pair_runs.run_all(

@@ -103,8 +103,8 @@ def load_checkpoint(settings: PairSettings, folder: str, place: Placement | None
       settings: the configuration.
       folder: see ``models.load_pretrained``.
       place: where it is trained; its layers are then scanned, for a run to go on anywhere else. On a mesh every device reads
-        its own part, so that none ever holds the whole model, the backward computes layers again, as ``entangle.plan`` has
-        it, and parameters are on the host. None leaves layers as they are, on the first device.
+        its own part, so that none ever holds the whole model, and the backward computes layers again, as ``entangle.plan``
+        has it. None leaves layers as they are, on the first device.
 
     Raises:
       UserError: a file is missing or broken, another architecture, a tokenizer or rows that do not fit the model; the mesh
@@ -114,7 +114,6 @@ def load_checkpoint(settings: PairSettings, folder: str, place: Placement | None
         shape, params = models.load_pretrained(folder)
     else:
         shape, params = _scanned(folder, place, remat="none" if place.mesh is None else "full")
-        params = place.host(params)
     tokenizer = _tokenizer(settings, folder, shape)
     return Checkpoint(models.language_model(shape), params, tokenizer, folder=folder)
 
