@@ -131,7 +131,8 @@ def _cosine(runs: Runs, folder: Path) -> Path:
         rows += csv_rows(name, "cosine", found)
     axes.axhline(0.0, color="black", linewidth=0.8)
     axes.set(xlabel="step", ylabel=drawn.axis)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if len(runs.records) > 1:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"{drawn.title}\n({_subtitle(runs)})", fontsize=9)
     write_csv(folder / f"{drawn.file}.csv", ("set", "metric", "seed", "step", "value"), rows)
     return save(figure, folder / drawn.file)
@@ -149,8 +150,9 @@ def _agreement(runs: Runs, folder: Path) -> list[Path]:
             band(axes, found, *PREDICTION_STYLES[kind], label)
             rows += csv_rows(name, label, found)
         axes.set(title=name, xlabel="step", ylim=(0, 1.02))
-    grid[0].set_ylabel("share of rows, batches of training")
+    grid[0].set_ylabel("share of rows (two a pair), training")
     grid[0].legend(loc="lower left")
+    figure.supxlabel(f"points are means over equal parts of the run, at most {WINDOWS}", fontsize=8)
     figure.suptitle(f"Rows that move in the predicted direction, by what predicts\n({_subtitle(runs)})", fontsize=9)
     write_csv(folder / f"{AGREEMENT}.csv", ("set", "prediction", "seed", "step", "share_of_rows"), rows)
     return [save(figure, folder / AGREEMENT)]

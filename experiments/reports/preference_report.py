@@ -81,9 +81,12 @@ def _head(runs: Runs) -> str:
     c = runs.config
     stage, seeds = c["preference"], c["seeds"]
     sft = f"{c['sft']['steps']} steps of SFT at {c['sft']['optimizer']['learning_rate']:g}"
+    adapters = c.get("lora", "none")
     return (
         f"# {c['kind'].capitalize()} experiment: {method_label(c)} on {Path(c['data']).name}\n\n"
-        f"Model {Path(c['model']).name}, {seeds} {'seed' if seeds == 1 else 'seeds'}, "
+        f"Model {Path(c['model']).name}"
+        f"{'' if adapters == 'none' else f' with low-rank adapters ({adapters}), which alone are trained and measured'}, "
+        f"{seeds} {'seed' if seeds == 1 else 'seeds'}, "
         f"combination of the two gradients: {pair_chain_label(c)}. Preference stage: {stage['steps']} steps of "
         f"{stage['batch_size']} pairs, {stage['optimizer']['name']} at {stage['optimizer']['learning_rate']:g}, "
         f"{f'after {sft}' if c.get('sft_first', True) else 'from the checkpoint itself'}.\n\n"
