@@ -102,7 +102,7 @@ def devices(kind: str, shape: str) -> tuple[Any, ...]:
     extras.require("plan", "libtpu")
     from jax.experimental import topologies
 
-    # nothing is run, so another process may use the compiler, or a TPU, at the same time
+    # nothing is run, so another process may use the compiler at the same time
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         found = topologies.get_topology_desc(f"{kind}:{shape}", platform="tpu").devices

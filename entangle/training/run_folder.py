@@ -309,7 +309,7 @@ def check_folder(path: Path, config: Mapping[str, Any]) -> None:
         return
     if (path / CONFIG).exists():
         there = read_json(path / CONFIG)
-        if "model_type" in there and "model_type" not in config:
+        if isinstance(there, dict) and "model_type" in there and "model_type" not in config:
             raise UserError(f"{path} holds a checkpoint, not a run; name another folder")
         if differences := _differences(there, json.loads(json.dumps(config))):
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""

@@ -26,6 +26,16 @@ def test_another_configuration_is_refused_and_nothing_changes(tmp_path):
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
 
 
+def test_a_checkpoint_folder_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "seed": 0}')
+    with pytest.raises(UserError, match="holds a checkpoint, not a run; name another folder"):
+        RunFolder(tmp_path, CONFIG)
+    (tmp_path / "config.json").write_text("3")  # nobody's
+    with pytest.raises(UserError, match="holds a run of another configuration"):
+        RunFolder(tmp_path, CONFIG)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_two_processes_may_write_one_file_at_once(tmp_path, monkeypatch):
     path, flush = tmp_path / "config.json", os.fsync
 

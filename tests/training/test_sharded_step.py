@@ -64,6 +64,13 @@ def test_a_mesh_that_cannot_be_is_refused(text, message):
         sharding.make_mesh(text, jax.devices()[:1])
 
 
+def test_devices_that_a_mesh_leaves_out_are_named():
+    with pytest.raises(
+        UserError, match="data=1 x fsdp=1 x tensor=1 needs 1 devices, there are 4, and a mesh has all of"
+    ):
+        sharding.make_mesh("data=1", jax.devices()[:1] * 4)
+
+
 def test_what_an_optimizer_keeps_in_other_shapes_lies_whole():
     """Adafactor's row and column moments are no matrices; its full moments lie as the parameters do."""
     mesh = sharding.make_mesh("fsdp=2,tensor=2", jax.devices()[:1] * 4)
